@@ -1,0 +1,132 @@
+/* Transport: how control messages and shard bytes travel between two peers. One file per kind; a static table.
+ *
+ * A transport instance belongs to one loop; every call and every event below is on that loop's thread, and no event
+ * runs inside the call that causes it (they come from the loop's next turn), but for `link_shut`, after which no event
+ * of that link comes at all. The bytes of a shard are pulled by the side that wants them: the holder EXPOSES a range
+ * under an id and sends the descriptor it got inside a message of the upper floor (GRANT); the puller passes that
+ * descriptor to FETCH. A holder grants reading only; nothing a peer sends can write here but the bytes of a fetch
+ * that this side asked for, inside the range that it gave.
+ *
+ * Errors: 0 or negative errno. Submit contract: 0 = the event comes exactly once, later; -EAGAIN = the queue is full,
+ * nothing is kept, try again after `writable`; any other = never started, no event. */
+#ifndef P2PFS_ENGINE_TRANSPORT_H
+#define P2PFS_ENGINE_TRANSPORT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "engine/loop.h"
+
+#define TRANSPORT_MESSAGE_MAX (64u << 10) /* bytes of one control message */
+#define TRANSPORT_DESCRIPTOR_MAX 64
+#define TRANSPORT_NAME_MAX 271
+
+struct transport;
+struct link;
+
+/* What may be read: bytes of an open file (sendfile) that are also mapped at `map` (or map is NULL: not mapped). */
+struct transport_region {
+    int fd;
+    off_t offset;
+    const void *map; /* address of `offset`, or NULL */
+    size_t length;
+};
+
+struct transport_descriptor {
+    uint8_t bytes[TRANSPORT_DESCRIPTOR_MAX];
+    uint8_t length;
+};
+
+/* One shard on its way here. Filled by the caller: destination, length, id (unique on the link, the one the holder
+ * exposed). Owned by the caller until `fetch_done`, or until transport `cancel` returns. */
+struct transport_fetch {
+    void *destination;
+    size_t length;
+    uint32_t id;
+    size_t landed;       /* bytes that have arrived as a prefix without gaps */
+    struct link *link;   /* the rest is the transport's */
+    struct transport_fetch *next;
+    void *state;
+};
+
+struct transport_events {
+    /* Somebody connected to our address; the upper floor sets link_user or shuts it. */
+    void (*accepted)(void *arg, struct link *link);
+    void (*connected)(struct link *link);
+    /* One message; borrowed during the call. */
+    void (*message)(struct link *link, const void *message, size_t length);
+    /* More of a fetch landed (fetch->landed has grown; called often, at least every 1 MiB). */
+    void (*fetch_landed)(struct link *link, struct transport_fetch *fetch);
+    /* The fetch is over: 0 all landed, or why not. The transport no longer touches it or its memory. */
+    void (*fetch_done)(struct link *link, struct transport_fetch *fetch, int status);
+    /* An exposed range has been handed to the network completely (TCP), so its upload slot may be counted free. The
+     * memory must stay until unexpose. Never called by one-sided transports. */
+    void (*exposed_sent)(struct link *link, uint32_t id);
+    /* Room in the send queue again after -EAGAIN. */
+    void (*writable)(struct link *link);
+    /* The link broke or the other side closed it. Every fetch on it gets fetch_done first. The upper floor must call
+     * link_shut, which frees the link. `reason` is a phrase for the log. */
+    void (*down)(struct link *link, int error, const char *reason);
+};
+
+struct transport_config {
+    const char *congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
+    uint32_t buffer_bytes;  /* TCP: SO_SNDBUF and SO_RCVBUF, 0: the transport's default */
+};
+
+struct transport_ops {
+    const char *name; /* "tcp", "rdma", "mem" */
+    bool one_sided;
+
+    int (*open)(struct loop *loop, const struct transport_config *config, const struct transport_events *events,
+                void *arg, struct transport **transport);
+    /* All links are shut first by the caller. NULL is harmless. */
+    void (*close)(struct transport *transport);
+    /* Starts to accept on "host:port" (port 0: any). `bound`: the address with the real port. -EADDRINUSE,
+     * -EADDRNOTAVAIL, -EINVAL (malformed, or the host does not resolve), -EACCES. */
+    int (*listen)(struct transport *transport, const char *address, char bound[TRANSPORT_NAME_MAX + 1]);
+    /* Gives an accepted connection to the loop of another instance of the same kind (round robin over lanes): from
+     * then on accepted events come there. `next` gives the instance; called on the accepting thread. */
+    void (*share)(struct transport *transport, struct transport *(*next)(void *arg), void *arg);
+    /* `connected` or `down` follows, within timeout_ms. */
+    int (*connect)(struct transport *transport, const char *address, uint32_t timeout_ms, void *user,
+                   struct link **link);
+
+    int (*send)(struct link *link, const void *message, size_t length); /* copied; order is kept */
+    /* Grants reading of the region under id until unexpose. TCP: the bytes begin to follow what was sent before. */
+    int (*expose)(struct link *link, uint32_t id, const struct transport_region *region, bool urgent,
+                  struct transport_descriptor *descriptor);
+    /* After return the other side cannot read the region any more; a fetch of it that is not finished fails there. */
+    void (*unexpose)(struct link *link, uint32_t id);
+    int (*fetch)(struct link *link, const struct transport_descriptor *descriptor, struct transport_fetch *fetch);
+    /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped. */
+    void (*cancel)(struct link *link, struct transport_fetch *fetch);
+    /* Ends and frees the link (queued messages are still sent where that needs no waiting): no event comes any more,
+     * fetches on it are forgotten as by cancel, exposed ranges as by unexpose. */
+    void (*shut)(struct link *link);
+};
+
+/* Every link and transport begins with these. */
+struct transport {
+    const struct transport_ops *ops;
+    struct loop *loop;
+    const struct transport_events *events;
+    void *arg;
+};
+struct link {
+    struct transport *transport;
+    void *user;       /* the upper floor's */
+    bool outgoing;    /* we connected */
+    char peer[TRANSPORT_NAME_MAX + 1]; /* the other end's address, for the log */
+    uint64_t received; /* bytes of shards */
+    uint64_t sent;
+};
+
+extern const struct transport_ops transport_tcp;
+extern const struct transport_ops transport_mem;
+/* By name; NULL: this build has no such transport. */
+const struct transport_ops *transport_by_name(const char *name);
+
+#endif
