@@ -1,0 +1,1 @@
+"""What the mount tests share: nodes, clusters, data, a watchdog."""
