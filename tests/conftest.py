@@ -41,9 +41,13 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A failed test shows what its nodes said."""
+    """A failed test shows what its nodes said; one that ran into the watchdog has failed, even if
+    it took the error of its aborted mount for the one that it expected."""
     outcome = yield
     report = outcome.get_result()
+    if _watchdog.barked and report.passed and call.when == "call":
+        report.outcome = "failed"
+        report.longrepr = "the watchdog aborted the mounts: the test took longer than its limit"
     if report.failed:
         for name, value in item.funcargs.items() if hasattr(item, "funcargs") else ():
             if isinstance(value, Cluster):

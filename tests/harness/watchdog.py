@@ -25,6 +25,7 @@ class Watchdog:
         self._timers = []
         self._limit = 0
         self._armed = False
+        self.barked = False
         signal.signal(signal.SIGALRM, self._raise)
 
     def watch(self, cluster):
@@ -38,6 +39,7 @@ class Watchdog:
     def arm(self, seconds):
         self._limit = seconds
         self._armed = True
+        self.barked = False
         for delay, action in ((seconds, self._bark), (seconds + GRACE, self._bite)):
             timer = threading.Timer(delay, action)
             timer.daemon = True
@@ -51,6 +53,7 @@ class Watchdog:
         self._timers = []
 
     def _bark(self):
+        self.barked = True
         print(f"\nwatchdog: {self._limit:g} s are over, aborting the mounts", file=sys.__stderr__)
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         with self._lock:
