@@ -1,8 +1,8 @@
 /* Digest: what a shard's bytes must hash to.
  *
  * A shard is cut into leaves of DIGEST_LEAF bytes (the last one shorter); its digest is the digest of its leaves'
- * digests, concatenated; a version's root is the digest of the size (u64, big-endian) and shard size (u32) and all its
- * shards' digests. So a shard can be hashed piece by piece while it lands or is written, before the shard size is
+ * digests, concatenated; a version's root is the digest of its size (u64, big-endian), its shard size (u32) and the digest
+ * of all its shards' digests, concatenated. So a shard can be hashed piece by piece while it lands or is written, before the shard size is
  * known, and every holder can prove the whole list of digests against the root in the metadata.
  * XXH3-128 (xxHash, canonical big-endian form) guards against damage, SHA-256 (OpenSSL) against malice too. */
 #ifndef P2PFS_ENGINE_DIGEST_H
