@@ -4,8 +4,13 @@
  *   t/d/<id>              a directory exists (so that creating in it and removing it can't both win)
  *   t/v/<version>         a version
  *   t/n/<node>            a node that is up (leased)
+ *   t/r                   rewritten by every move of a directory to another parent, so that two can't form a loop
+ *   t/i                   which instance of the service this is, so that one that came back empty is recognised
  *   h/<version>/<node>    a node holds bytes of a version (leased); complete or not
  *   l/<name>              a lock
+ *
+ * The root's own attributes stand under parent 0 with an empty name. A key has one spelling: what a decoder would have
+ * to normalise is malformed.
  *
  * What is under t/ is watched by every node; h/ is listed on demand, so that metadata traffic is O(files + nodes).
  * Records are JSON objects with "v": CODEC_FORMAT first. Names and paths are percent-encoded wherever a byte is not
@@ -21,6 +26,10 @@
 #define CODEC_KEY_MAX 1024
 #define CODEC_TREE "t/"
 #define CODEC_HOLDERS "h/"
+
+#define CODEC_RENAMES "t/r"
+#define CODEC_INSTANCE "t/i"
+#define CODEC_PLAIN "{\"v\":1}" /* a record that says only that it is there */
 
 enum codec_kind { CODEC_OTHER, CODEC_ENTRY, CODEC_DIR, CODEC_VERSION, CODEC_NODE, CODEC_HOLDER };
 
@@ -43,6 +52,11 @@ void codec_key_holders(const struct model_id *version, char out[CODEC_KEY_MAX]);
 
 char *codec_entry_encode(const struct model_entry *entry);
 int codec_entry_decode(const char *json, struct model_entry *out); /* parent and name come from the key */
+/* stager: the node that is still filling a directory that has no name yet; NULL (decoded: an empty name) otherwise. */
+char *codec_dir_encode(const struct model_node *stager);
+int codec_dir_decode(const char *json, struct model_node *stager); /* name and boot */
+char *codec_instance_encode(const struct model_id *instance);
+int codec_instance_decode(const char *json, struct model_id *instance);
 char *codec_version_encode(const struct model_version *version);
 int codec_version_decode(const char *json, struct model_version *out);
 char *codec_node_encode(const struct model_node *node);

@@ -21,6 +21,7 @@
 #define MODEL_AUTO_MIN (1u << 20)     /* shard_size=auto: size / 256 within these */
 #define MODEL_AUTO_MAX (64u << 20)
 #define MODEL_SIZE_MAX (1ull << 45)   /* 32 TiB a file, so that a shard map stays below 64 KiB */
+#define MODEL_SHARDS_MAX (1u << 22)   /* shards of a file, so that its map stays below 512 KiB */
 #define MODEL_DIGEST_MAX 32           /* bytes of the longest digest */
 
 /* A version's id: 128 random bits, written as 32 hex digits. */
@@ -83,7 +84,7 @@ struct model_version {
 void model_version_clear(struct model_version *version);
 int model_version_copy(struct model_version *to, const struct model_version *from); /* -ENOMEM */
 
-uint32_t model_shard_auto(uint64_t size);
+uint32_t model_shard_auto(uint64_t size); /* whole MiB, at most 256 shards up to 16 GiB */
 uint32_t model_shard_count(uint64_t size, uint32_t shard_size); /* 0 for an empty file */
 uint64_t model_shard_length(uint64_t size, uint32_t shard_size, uint32_t shard);
 
