@@ -1,0 +1,85 @@
+# ctest: label=plain
+# ctest: timeout=400
+"""The scripts that a newcomer runs first."""
+
+import filecmp
+import os
+import subprocess
+
+import pytest
+
+from harness import env, fuse
+
+SCRIPTS = env.SOURCE / "scripts"
+
+
+def checkpoint(*arguments):
+    return subprocess.run(
+        [SCRIPTS / "make-checkpoint", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_a_checkpoint_has_its_size_and_is_valid(tmp_path, size):
+    assert checkpoint("--size", size, tmp_path / "one").returncode == 0
+    done = checkpoint("--verify", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in tmp_path.glob("one/*.safetensors"))
+    assert names == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)]
+    stored = sum(path.stat().st_size for path in tmp_path.glob("one/*.safetensors"))
+    assert abs(stored - (size << 20)) < 0.15 * (size << 20)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_gives_others(tmp_path):
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        checkpoint("--size", 4, "--seed", seed, tmp_path / name)
+    names = os.listdir(tmp_path / "a")
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[0] == names
+    _, different, _ = filecmp.cmpfiles(tmp_path / "a", tmp_path / "c", names, shallow=False)
+    assert len(different) == 4
+
+
+def test_verify_sees_a_short_file_and_a_broken_header(tmp_path):
+    checkpoint("--size", 4, tmp_path / "one")
+    victim = tmp_path / "one/model-00002-of-00004.safetensors"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-1])
+    done = checkpoint("--verify", tmp_path / "one")
+    assert done.returncode == 1 and victim.name in done.stderr
+    victim.write_bytes(b"\xff" * 8 + whole[8:])
+    done = checkpoint("--verify", tmp_path / "one")
+    assert done.returncode == 1 and victim.name in done.stderr
+
+
+def quickstart(tmp_path, *arguments, **environment):
+    return subprocess.run(
+        [SCRIPTS / "quickstart", *arguments],
+        env={**os.environ, "P2PFS_BIN": str(env.BINARY), "TMPDIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.limit(150)
+def test_quickstart_ends_with_all_done_and_leaves_nothing(mounts, tmp_path):
+    before = fuse.mounts()
+    done = quickstart(tmp_path, "--size", "100")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "ALL DONE"
+    assert fuse.mounts() == before
+    assert os.listdir(tmp_path) == []
+
+
+def test_quickstart_names_the_step_that_failed_and_leaves_nothing(mounts, tmp_path):
+    liar = tmp_path / "p2pfs"
+    liar.write_text('#!/bin/sh\n[ "$1" = version ] && exit 0\necho "no mount today" >&2\nexit 1\n')
+    liar.chmod(0o755)
+    done = quickstart(tmp_path, "--size", "1", P2PFS_BIN=str(liar))
+    assert done.returncode == 1
+    assert "no mount today" in done.stderr
+    assert "FAILED at: mount two nodes" in done.stderr
+    assert os.listdir(tmp_path) == ["p2pfs"]
