@@ -1,0 +1,261 @@
+#include "engine/tcp_socket.h"
+
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+
+#define BUFFER_BYTES (4 << 20)
+#define UNSENT_BYTES (1 << 20) /* more stays with us: a message need not wait behind 4 MiB */
+#define BACKLOG      512
+#define LOCAL_CONGESTION \
+    "reno" /* bbr paces, which costs 4/5 of the speed inside one machine; needs no privilege */
+
+/* A host that vanished is noticed in 8 s: data that nobody acknowledges, or a silent link that answers no probe. */
+#define GONE_MS       8000
+#define PROBE_AFTER_S 3
+#define PROBE_EVERY_S 1
+#define PROBES        5
+
+// -- Addresses ------------------------------------------------------------------------------------
+
+static int address_split(const char *text, char host[TRANSPORT_NAME_MAX + 1], char port[6])
+{
+    const char *colon = strrchr(text, ':');
+    if (!colon || colon == text || strlen(text) > TRANSPORT_NAME_MAX)
+        return -EINVAL;
+    size_t digits = strlen(colon + 1);
+    if (digits < 1 || digits > 5 || strspn(colon + 1, "0123456789") != digits ||
+        atoi(colon + 1) > 65535)
+        return -EINVAL;
+    const char *begin = text, *end = colon;
+    if (*begin == '[') {
+        if (end[-1] != ']')
+            return -EINVAL;
+        begin++;
+        end--;
+    } else if (memchr(begin, ':', (size_t)(end - begin))) {
+        return -EINVAL; // a bare IPv6 address: where would its port begin?
+    }
+    if (begin == end)
+        return -EINVAL;
+    snprintf(host, TRANSPORT_NAME_MAX + 1, "%.*s", (int)(end - begin), begin);
+    snprintf(port, 6, "%s", colon + 1);
+    return 0;
+}
+
+int tcp_address_parse(const char *text, bool names, bool passive, struct tcp_addresses *out)
+{
+    char host[TRANSPORT_NAME_MAX + 1], port[6];
+    int r = address_split(text, host, port);
+    if (r < 0)
+        return r;
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM,
+                             .ai_flags =
+                                 AI_NUMERICSERV | AI_NUMERICHOST | (passive ? AI_PASSIVE : 0)};
+    struct addrinfo *found = NULL;
+    int e = getaddrinfo(host, port, &hints, &found);
+    if (e == EAI_NONAME && !names)
+        return -EAGAIN;
+    if (e == EAI_NONAME) {
+        hints.ai_flags &= ~AI_NUMERICHOST;
+        e = getaddrinfo(host, port, &hints, &found);
+    }
+    if (e == EAI_AGAIN)
+        return -EHOSTUNREACH;
+    if (e == EAI_MEMORY)
+        return -ENOMEM;
+    if (e != 0)
+        return -EINVAL;
+    out->count = 0;
+    for (struct addrinfo *ai = found; ai && out->count < TCP_ADDRESSES_MAX; ai = ai->ai_next) {
+        struct tcp_address *a = &out->list[out->count++];
+        memcpy(&a->storage, ai->ai_addr, ai->ai_addrlen);
+        a->length = ai->ai_addrlen;
+    }
+    freeaddrinfo(found);
+    return out->count > 0 ? 0 : -EINVAL;
+}
+
+void tcp_address_print(const struct tcp_address *address, char out[TRANSPORT_NAME_MAX + 1])
+{
+    char host[128], port[8]; // numbers only
+    if (getnameinfo((const struct sockaddr *)&address->storage, address->length, host, sizeof(host),
+                    port, sizeof(port), NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
+        snprintf(out, TRANSPORT_NAME_MAX + 1, "(unknown)");
+        return;
+    }
+    bool v6 = address->storage.ss_family == AF_INET6;
+    snprintf(out, TRANSPORT_NAME_MAX + 1, "%s%s%s:%s", v6 ? "[" : "", host, v6 ? "]" : "", port);
+}
+
+static bool host_equal(const struct sockaddr_storage *a, const struct sockaddr_storage *b)
+{
+    if (a->ss_family != b->ss_family)
+        return false;
+    if (a->ss_family == AF_INET)
+        return ((const struct sockaddr_in *)a)->sin_addr.s_addr ==
+               ((const struct sockaddr_in *)b)->sin_addr.s_addr;
+    return memcmp(&((const struct sockaddr_in6 *)a)->sin6_addr,
+                  &((const struct sockaddr_in6 *)b)->sin6_addr, sizeof(struct in6_addr)) == 0;
+}
+
+static bool host_loopback(const struct sockaddr_storage *a)
+{
+    if (a->ss_family == AF_INET)
+        return ntohl(((const struct sockaddr_in *)a)->sin_addr.s_addr) >> 24 == 127;
+    const struct in6_addr *v6 = &((const struct sockaddr_in6 *)a)->sin6_addr;
+    return IN6_IS_ADDR_LOOPBACK(v6) || (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == 127);
+}
+
+/* Is it an address of this machine? Asked of the routing table: the way to oneself starts at oneself. */
+static bool host_ours(const struct tcp_address *address)
+{
+    if (host_loopback(&address->storage))
+        return true;
+    util_autoclose int fd = socket(address->storage.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct sockaddr_storage own;
+    socklen_t length = sizeof(own);
+    return fd >= 0 &&
+           connect(fd, (const struct sockaddr *)&address->storage, address->length) == 0 &&
+           getsockname(fd, (struct sockaddr *)&own, &length) == 0 &&
+           host_equal(&own, &address->storage);
+}
+
+// -- Options --------------------------------------------------------------------------------------
+
+static int congestion_set(int fd, const char *name)
+{
+    return setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, name, (socklen_t)strlen(name)) < 0 ? -errno
+                                                                                          : 0;
+}
+
+int tcp_tuning_from(const struct transport_config *config, struct tcp_tuning *tuning)
+{
+    *tuning = (struct tcp_tuning){.buffer_bytes = BUFFER_BYTES};
+    if (config && config->buffer_bytes > 0)
+        tuning->buffer_bytes =
+            config->buffer_bytes > INT32_MAX / 2 ? INT32_MAX / 2 : (int)config->buffer_bytes;
+
+    util_autoclose int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    socklen_t length = sizeof(tuning->usual) - 1;
+    if (getsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, tuning->usual, &length) < 0)
+        tuning->usual[0] = '\0';
+    if (!config || !config->congestion || !*config->congestion)
+        return 0;
+    int r = strlen(config->congestion) < sizeof(tuning->congestion)
+                ? congestion_set(fd, config->congestion)
+                : -ENOENT;
+    if (r < 0) {
+        log_error("tcp_congestion=%s: %s (see /proc/sys/net/ipv4/tcp_%s_congestion_control)",
+                  config->congestion,
+                  r == -EPERM ? "not allowed to this user" : "not in this kernel",
+                  r == -EPERM ? "allowed" : "available");
+        return -EINVAL;
+    }
+    snprintf(tuning->congestion, sizeof(tuning->congestion), "%s", config->congestion);
+    return 0;
+}
+
+static void option(int fd, int level, int name, int value)
+{
+    setsockopt(fd, level, name, &value, sizeof(value)); // each is a wish: the link works without it
+}
+
+/* A plain SO_RCVBUF is cut to net.core.rmem_max and turns the kernel's own tuning off, which reaches further: so a cut
+ * size is worse than none. */
+static void buffer_set(int fd, int force, int plain, const char *limit_path, int bytes)
+{
+    if (setsockopt(fd, SOL_SOCKET, force, &bytes, sizeof(bytes)) == 0)
+        return;
+    long limit = 0;
+    FILE *file = fopen(limit_path, "re");
+    if (file) {
+        if (fscanf(file, "%ld", &limit) != 1)
+            limit = 0;
+        fclose(file);
+    }
+    if (limit >= bytes)
+        option(fd, SOL_SOCKET, plain, bytes);
+}
+
+static void options_set(const struct tcp_tuning *tuning, int fd)
+{
+    buffer_set(fd, SO_SNDBUFFORCE, SO_SNDBUF, "/proc/sys/net/core/wmem_max", tuning->buffer_bytes);
+    buffer_set(fd, SO_RCVBUFFORCE, SO_RCVBUF, "/proc/sys/net/core/rmem_max", tuning->buffer_bytes);
+    option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES);
+    option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, GONE_MS);
+    option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+    option(fd, IPPROTO_TCP, TCP_KEEPIDLE, PROBE_AFTER_S);
+    option(fd, IPPROTO_TCP, TCP_KEEPINTVL, PROBE_EVERY_S);
+    option(fd, IPPROTO_TCP, TCP_KEEPCNT, PROBES);
+}
+
+/* Set before the connection exists: what bbr once set (pacing) stays on the socket when it goes. */
+static void congestion_choose(const struct tcp_tuning *tuning, int fd, bool local)
+{
+    if (tuning->congestion[0])
+        congestion_set(fd, tuning->congestion);
+    else if (local)
+        congestion_set(fd, LOCAL_CONGESTION);
+}
+
+// -- Sockets --------------------------------------------------------------------------------------
+
+int tcp_socket_listen(const struct tcp_tuning *tuning, const struct tcp_address *address)
+{
+    int fd = socket(address->storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    options_set(tuning, fd);
+    congestion_choose(tuning, fd,
+                      true); // accepted sockets inherit it; tcp_socket_accepted corrects
+    if (bind(fd, (const struct sockaddr *)&address->storage, address->length) < 0 ||
+        listen(fd, BACKLOG) < 0) {
+        int r = -errno;
+        close(fd);
+        return r;
+    }
+    return fd;
+}
+
+int tcp_socket_connect(const struct tcp_tuning *tuning, const struct tcp_address *address)
+{
+    int fd = socket(address->storage.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return -errno;
+    options_set(tuning, fd);
+    congestion_choose(tuning, fd, host_ours(address));
+    if (connect(fd, (const struct sockaddr *)&address->storage, address->length) < 0 &&
+        errno != EINPROGRESS && errno != EINTR) {
+        int r = -errno;
+        close(fd);
+        return r;
+    }
+    return fd;
+}
+
+void tcp_socket_accepted(const struct tcp_tuning *tuning, int fd)
+{
+    options_set(tuning, fd);
+    if (tuning->congestion[0])
+        return;
+    struct sockaddr_storage own, other;
+    socklen_t own_length = sizeof(own), other_length = sizeof(other);
+    if (getsockname(fd, (struct sockaddr *)&own, &own_length) < 0 ||
+        getpeername(fd, (struct sockaddr *)&other, &other_length) < 0)
+        return;
+    if (!host_loopback(&other) && !host_equal(&own, &other) && tuning->usual[0])
+        congestion_set(fd, tuning->usual);
+}
