@@ -7,7 +7,8 @@
  * Threads: one store is used by one thread at a time (the catalog's), but for meta_wake. Every call returns within
  * the store's deadline (META_DEADLINE_MS), with one of: 0; -EAGAIN a condition of the transaction did not hold;
  * -ENOENT; -ESTALE the change feed has a gap: list again; -ETIMEDOUT or -ECONNREFUSED or another network error: the
- * service does not answer; -ENOSPC the service is full; -EBADMSG it answered nonsense; -ENOMEM. The backend logs the
+ * service does not answer; -ENOSPC the service is full; -EACCES or -EROFS it refuses us; -EIO its storage fails; -EBADMSG
+ * it answered nonsense; -ENOMEM. The backend logs the
  * cause once per outage, with the URL (never with a secret) and the remedy. A call that failed with a network error
  * may or may not have been carried out; the next call reconnects. */
 #ifndef P2PFS_META_META_H
@@ -41,7 +42,7 @@ struct meta_write {
     enum meta_action action;
     const char *key;
     const char *value; /* META_PUT */
-    uint64_t lease;    /* META_PUT: 0, or a lease with which the key disappears */
+    uint64_t lease;    /* META_PUT: 0, or a lease with which the key disappears; -ENOENT: it has ended */
 };
 
 /* All compares hold and all writes happen, or nothing happens (-EAGAIN). Borrowed until return. At most 64 compares
@@ -82,7 +83,7 @@ struct meta_ops {
     int (*txn)(struct meta_store *store, struct meta_txn *txn);
 
     /* A lease ends when it has not been renewed for ttl_ms, whatever became of its owner, and its keys go with it
-     * (as deletions in the change feed). renew: -ENOENT when it has already ended. */
+     * (as deletions in the change feed). renew, revoke: -ENOENT when it has already ended. */
     int (*lease_grant)(struct meta_store *store, uint32_t ttl_ms, uint64_t *lease);
     int (*lease_renew)(struct meta_store *store, uint64_t lease);
     int (*lease_revoke)(struct meta_store *store, uint64_t lease);
@@ -110,8 +111,11 @@ const struct meta_ops *meta_backend(const char *url);
 void meta_open_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* A cluster-wide lock: holds until released or until its lease ends. *token grows with every holder (fencing).
- * -EAGAIN: somebody else holds it. */
+ * -EAGAIN: somebody else holds it. unlock: -ENOENT when the lock had already ended. */
 int meta_lock(struct meta_store *store, const char *name, uint64_t lease, uint64_t *token);
 int meta_unlock(struct meta_store *store, const char *name, uint64_t token);
+
+/* The backends, each in a file of its own. */
+extern const struct meta_ops meta_local_ops;
 
 #endif
