@@ -32,6 +32,16 @@ def mounted_at(directory):
     return None
 
 
+def mounts_below(directory):
+    """The FUSE mounts at or below the directory."""
+    prefix = str(directory)
+    return [
+        mount
+        for mount in mounts()
+        if mount[1].startswith("fuse") and (mount[0] + "/").startswith(prefix + "/")
+    ]
+
+
 def abort(minor):
     """Ends a FUSE connection: every request of it, waiting or new, fails at once."""
     try:

@@ -53,6 +53,13 @@ def run_p2pfs(*arguments, check=True, timeout=60, **more):
     return done
 
 
+def _kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
 class Node:
     """One p2pfs mount in the foreground, as a child of the test.
 
@@ -257,9 +264,28 @@ class Cluster:
     def nodes(self, count, **options):
         return [self.node(**options) for _ in range(count)]
 
+    def daemons(self):
+        """The pids of p2pfs processes of this cluster that are in the background."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                words = (entry / "cmdline").read_bytes()
+                if os.fsencode(self.home) in words and os.readlink(entry / "exe") == str(BINARY):
+                    found.append(int(entry.name))
+            except OSError:
+                pass  # it ended meanwhile
+        children = {node.pid for node in self.all if node.process is not None}
+        return [pid for pid in found if pid not in children]
+
     def abort(self):
         for node in self.all:
             node.abort()
+        for pid in self.daemons():
+            _kill(pid)
+        for mount in fuse.mounts_below(self.home):
+            fuse.abort(mount[3])
 
     def cleanup(self):
         """Ends all that lives; returns what the sanitizers found, as text."""
@@ -278,4 +304,9 @@ class Cluster:
             node.cleanup()
             if (finding := node.sanitizer_finding()) is not None:
                 findings.append(f"{node.name}: {finding}")
+        # mounts that a test made by itself, with mount(8) for one
+        for mount in fuse.mounts_below(self.home):
+            fuse.force_unmount(mount[0])
+        for pid in self.daemons():
+            _kill(pid)
         return "\n".join(findings)
