@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -488,10 +489,11 @@ static void uring_start(struct loop *loop)
     if (loop->started)
         return;
     loop->started = true;
-    int r = io_uring_enable_rings(&loop->ring);
-    if (r < 0)
+    // not io_uring_enable_rings(): liburing 2.3 declares it and does not export it
+    if (syscall(SYS_io_uring_register, loop->ring.ring_fd, IORING_REGISTER_ENABLE_RINGS, NULL, 0) <
+        0)
         log_error("io_uring cannot be enabled: %s (set P2PFS_NO_URING=1 to do without)",
-                  strerror(-r));
+                  strerror(errno));
 }
 
 static int uring_add(struct loop *loop, struct loop_watch *watch)
