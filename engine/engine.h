@@ -21,21 +21,22 @@ struct engine;
 struct replica; /* one version's bytes on this node; opaque, counted by open and close */
 
 struct engine_config {
-    struct catalog *catalog;  /* borrowed for the engine's life */
-    const char *node;         /* this node's name and incarnation; as announced */
+    struct catalog *catalog; /* borrowed for the engine's life */
+    const char *node;        /* this node's name and incarnation; as announced */
     uint64_t boot;
-    const char *listen;       /* "host:port"; port 0: any */
-    const char *transport;    /* "tcp" */
-    const char *congestion;   /* or NULL */
-    uint64_t cache_size;      /* bytes of replicas in memory (files registered in place don't count) */
-    const char *cache_dir;    /* NULL: memory; else replicas are unnamed files in that directory */
-    uint32_t shard_size;      /* 0: model_shard_auto */
+    const char *listen;     /* "host:port"; port 0: any */
+    const char *transport;  /* "tcp" */
+    const char *congestion; /* or NULL */
+    uint64_t cache_size;   /* bytes of replicas in memory (files registered in place don't count) */
+    const char *cache_dir; /* NULL: memory; else replicas are unnamed files in that directory */
+    uint32_t shard_size;   /* 0: model_shard_auto */
     enum model_digest digest;
-    bool fetch_whole;         /* a read starts the pull of the whole file, not only of the shards touched */
-    uint32_t read_timeout_ms; /* without any progress */
+    bool fetch_whole; /* a read starts the pull of the whole file, not only of the shards touched */
+    uint32_t read_timeout_ms;              /* without any progress */
     const struct handshake_secret *secret; /* borrowed; length 0: none */
-    unsigned lanes;           /* 0: the default */
-    const char *exclude_dir;  /* registering in place refuses paths below it (the mount itself); or NULL */
+    unsigned lanes;                        /* 0: the default */
+    const char
+        *exclude_dir; /* registering in place refuses paths below it (the mount itself); or NULL */
 };
 
 /* Opens storage, lanes and the listening socket. `error`: one sentence for the user (malloc'd), or NULL. Blocking. */
@@ -55,7 +56,8 @@ void engine_node_changed(struct engine *engine, const char *node, bool up);
 
 /* The replica of a registered version, made when this node has none yet; moves no byte. While open it is not evicted.
  * -ENOENT: the catalog has no such version; -ENOMEM. */
-int engine_replica_open(struct engine *engine, const struct model_id *version, struct replica **replica);
+int engine_replica_open(struct engine *engine, const struct model_id *version,
+                        struct replica **replica);
 void engine_replica_close(struct engine *engine, struct replica *replica);
 uint64_t replica_size(const struct replica *replica);
 const struct model_id *replica_version(const struct replica *replica);
@@ -78,8 +80,8 @@ bool engine_read_cancel(struct engine *engine, struct engine_waiter *waiter);
 /* The bytes of a present range: *bytes points into the replica's mapping (valid while it is open), or at `scratch`
  * (length bytes), into which a file registered in place was read. -EIO: that file has changed or cannot be read.
  * May wait for a local disk, not for anything else. */
-int engine_bytes(struct engine *engine, struct replica *replica, uint64_t offset, size_t length, void *scratch,
-                 const void **bytes);
+int engine_bytes(struct engine *engine, struct replica *replica, uint64_t offset, size_t length,
+                 void *scratch, const void **bytes);
 
 /* ---- writing ---- */
 
@@ -89,27 +91,28 @@ int engine_draft_new(struct engine *engine, struct replica **draft);
 /* pwrite(2). 0: done. -EINPROGRESS: room has to be made first; data was copied and `done` follows with 0 or -ENOSPC. A
  * draft that once failed a write stays failed: registering it returns that error. -EROFS: already registered. */
 typedef void (*engine_done)(void *arg, int status);
-int engine_draft_write(struct engine *engine, struct replica *draft, uint64_t offset, const void *data, size_t length,
-                       engine_done done, void *arg);
+int engine_draft_write(struct engine *engine, struct replica *draft, uint64_t offset,
+                       const void *data, size_t length, engine_done done, void *arg);
 /* ftruncate(2), and fallocate(2) mode 0 by growing; holes read as zeros. -ENOSPC, -EFBIG, -EROFS. */
 int engine_draft_truncate(struct engine *engine, struct replica *draft, uint64_t size);
 /* Marks the draft as failed: it will never be registered (its writer was killed). */
 void engine_draft_fail(struct replica *draft, int error);
 /* Digests what is not digested yet and publishes the version under the name (catalog_publish). On success the draft is
  * an ordinary complete replica, held and served by this node. `entry` is borrowed. */
-int engine_draft_register(struct engine *engine, struct replica *draft, uint64_t parent, const char *name, uint64_t id,
-                          const struct model_attr *attr, unsigned flags, catalog_done done, void *arg);
+int engine_draft_register(struct engine *engine, struct replica *draft, uint64_t parent,
+                          const char *name, uint64_t id, const struct model_attr *attr,
+                          unsigned flags, catalog_done done, void *arg);
 
 /* ---- registering where it lies ---- */
 
 /* Registers the regular file `path` (absolute) without reading it; its bytes are digested in the background. -EINVAL:
  * not a regular file; -ELOOP: it lies below exclude_dir; else as open(2). attr comes from the file. */
-int engine_register_file(struct engine *engine, const char *path, uint64_t parent, const char *name, unsigned flags,
-                         catalog_done done, void *arg);
+int engine_register_file(struct engine *engine, const char *path, uint64_t parent, const char *name,
+                         unsigned flags, catalog_done done, void *arg);
 /* The tree below the directory `path`, all or nothing: regular files in place, relative symbolic links as they are,
  * absolute ones that lead to regular files as files; other kinds are skipped with one line in the log. */
-int engine_register_tree(struct engine *engine, const char *path, uint64_t parent, const char *name, unsigned flags,
-                         catalog_done done, void *arg);
+int engine_register_tree(struct engine *engine, const char *path, uint64_t parent, const char *name,
+                         unsigned flags, catalog_done done, void *arg);
 
 /* ---- control ---- */
 
@@ -117,7 +120,8 @@ int engine_register_tree(struct engine *engine, const char *path, uint64_t paren
 int engine_pull(struct engine *engine, const struct model_id *version);
 /* Drops this node's copy: withdraws it, waits for peers that read it, frees it. -EBUSY: open here, or (without `force`)
  * no other live node holds all of it; -ENOENT: nothing here; -EPERM: pinned. */
-int engine_evict(struct engine *engine, const struct model_id *version, bool force, engine_done done, void *arg);
+int engine_evict(struct engine *engine, const struct model_id *version, bool force,
+                 engine_done done, void *arg);
 int engine_pin(struct engine *engine, const struct model_id *version, bool pinned);
 
 enum engine_state {
@@ -138,18 +142,20 @@ struct engine_info {
     uint32_t shard_size;
     uint32_t shards;
     uint32_t shards_present;
-    uint64_t resident;    /* bytes here */
-    uint32_t sources;     /* peers that the running pull uses */
+    uint64_t resident; /* bytes here */
+    uint32_t sources;  /* peers that the running pull uses */
     bool pinned;
     bool sealed;
-    uint32_t open;        /* handles */
+    uint32_t open; /* handles */
     enum model_digest digest;
     uint8_t root[MODEL_DIGEST_MAX];
-    const char *transport; /* of the running or last pull; "" when none, "local" for what was made here */
-    int error;             /* the last pull's failure, 0: none */
-    char reason[160];      /* and its cause in words */
+    const char
+        *transport; /* of the running or last pull; "" when none, "local" for what was made here */
+    int error;      /* the last pull's failure, 0: none */
+    char reason[160]; /* and its cause in words */
 };
-int engine_info(struct engine *engine, const struct model_id *version, struct engine_info *out); /* -ENOENT */
+int engine_info(struct engine *engine, const struct model_id *version,
+                struct engine_info *out); /* -ENOENT */
 int engine_draft_info(struct engine *engine, struct replica *draft, struct engine_info *out);
 
 struct engine_peer {
@@ -174,10 +180,10 @@ struct engine_stats { /* gauges, then counters since the mount */
     uint64_t bytes_received, bytes_served, bytes_written;
     uint64_t shards_fetched, shards_served, shards_corrupt, shards_failed;
     uint64_t reads_hit, reads_waited, reads_failed, pulls_completed, evictions;
-    uint64_t links_refused; /* handshakes that failed */
-    const char *storage;    /* "huge tmpfs", "memfd", "cache_dir" */
+    uint64_t links_refused;  /* handshakes that failed */
+    const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
     const char *storage_why; /* why not huge tmpfs, or "" */
-    const char *loop;       /* "io_uring" or "epoll" */
+    const char *loop;        /* "io_uring" or "epoll" */
     unsigned lanes;
 };
 void engine_stats(struct engine *engine, struct engine_stats *out);

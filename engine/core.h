@@ -1,0 +1,47 @@
+/* Core: what the engine's own files share: the engine's parts in the order in which they are built. */
+#ifndef P2PFS_ENGINE_CORE_H
+#define P2PFS_ENGINE_CORE_H
+
+#include <stdatomic.h>
+
+#include "engine/digest.h"
+#include "engine/engine.h"
+#include "engine/transport.h"
+#include "engine/work.h"
+
+struct storage;
+struct cache;
+struct lane;
+struct peers;
+
+#define CORE_LANES_MAX 16
+
+struct core_counters {
+    atomic_ullong bytes_received, bytes_served, bytes_written;
+    atomic_ullong shards_fetched, shards_served, shards_corrupt, shards_failed;
+    atomic_ullong reads_hit, reads_waited, reads_failed, pulls_completed, evictions, links_refused;
+    atomic_llong grants_open, pulls_running, readers_waiting;
+};
+
+struct engine {
+    struct engine_config config; /* strings owned */
+    const struct digest_ops *digest;
+    const struct transport_ops *transport;
+    struct storage *storage;
+    struct cache *cache;
+    struct work *work;
+    struct peers *peers;
+    struct lane *lanes[CORE_LANES_MAX];
+    unsigned lane_count;
+    char address[TRANSPORT_NAME_MAX + 1];
+    struct core_counters counters;
+    atomic_bool closing;
+    atomic_uint
+        background; /* jobs and catalog calls of ours under way; engine_close waits for them */
+};
+
+/* Brackets whatever will call back later and uses the engine then. */
+void core_hold(struct engine *engine);
+void core_release(struct engine *engine);
+
+#endif

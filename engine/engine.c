@@ -1,0 +1,623 @@
+#include "engine/engine.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include <utlist.h>
+
+#include "engine/cache.h"
+#include "engine/draft.h"
+#include "engine/inplace.h"
+#include "engine/lane.h"
+#include "engine/peers.h"
+#include "engine/pull.h"
+#include "engine/register.h"
+#include "engine/storage.h"
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+
+#define ENGINE_LANES \
+    2 /* two streams a peer is what fills memory bandwidth on a loopback, and a NIC on two cores */
+#define ENGINE_WORKERS 4
+
+void core_hold(struct engine *engine)
+{
+    atomic_fetch_add(&engine->background, 1);
+}
+
+void core_release(struct engine *engine)
+{
+    atomic_fetch_sub(&engine->background, 1);
+}
+
+/* ---- opening and closing ---- */
+
+static void config_free(struct engine_config *config)
+{
+    free((char *)config->node);
+    free((char *)config->listen);
+    free((char *)config->transport);
+    free((char *)config->congestion);
+    free((char *)config->cache_dir);
+    free((char *)config->exclude_dir);
+}
+
+static int text_copy(const char **to, const char *from)
+{
+    *to = from ? strdup(from) : NULL;
+    return from && !*to ? -ENOMEM : 0;
+}
+
+static int config_copy(struct engine_config *to, const struct engine_config *from)
+{
+    *to = *from;
+    int status = 0;
+    status |= text_copy(&to->node, from->node);
+    status |= text_copy(&to->listen, from->listen);
+    status |= text_copy(&to->transport, from->transport);
+    status |= text_copy(&to->congestion, from->congestion);
+    status |= text_copy(&to->cache_dir, from->cache_dir);
+    status |= text_copy(&to->exclude_dir, from->exclude_dir);
+    if (status) {
+        config_free(to);
+        return -ENOMEM;
+    }
+    return 0;
+}
+
+static int lanes_open(struct engine *engine, char **error)
+{
+    unsigned count = engine->config.lanes ? engine->config.lanes : ENGINE_LANES;
+    count = count > CORE_LANES_MAX ? CORE_LANES_MAX : count;
+    for (unsigned i = 0; i < count; i++) {
+        int status = lane_open(engine, i, &engine->lanes[i]);
+        if (status < 0) {
+            if (asprintf(error, "listen=%s: %s; %s", engine->config.listen, strerror(-status),
+                         status == -EADDRINUSE      ? "choose another port, or port 0 for any"
+                         : status == -EADDRNOTAVAIL ? "name an address of this machine"
+                                                    : "expected HOST:PORT") < 0) {
+                *error = NULL;
+            }
+            return status;
+        }
+        engine->lane_count++;
+    }
+    return 0;
+}
+
+static void lanes_stop(struct engine *engine)
+{
+    for (unsigned i = 0; i < engine->lane_count; i++) {
+        lane_stop(engine->lanes[i]);
+    }
+}
+
+static void lanes_close(struct engine *engine)
+{
+    for (unsigned i = 0; i < engine->lane_count; i++) {
+        lane_close(engine->lanes[i]);
+    }
+}
+
+int engine_open(const struct engine_config *config, struct engine **engine, char **error)
+{
+    *error = NULL;
+    struct engine *e = calloc(1, sizeof *e);
+    if (!e) {
+        return -ENOMEM;
+    }
+    int status = config_copy(&e->config, config);
+    if (status < 0) {
+        goto free_engine;
+    }
+    e->digest = digest_by_kind(config->digest);
+    e->transport = transport_by_name(config->transport);
+    if (!e->digest || !e->transport) {
+        status = -EINVAL;
+        goto free_config;
+    }
+    status = storage_open(config->cache_size, config->cache_dir, &e->storage, error);
+    if (status < 0) {
+        goto free_config;
+    }
+    status = cache_open(e, config->cache_size, &e->cache);
+    if (status < 0) {
+        goto close_storage;
+    }
+    status = peers_open(&e->peers);
+    if (status < 0) {
+        goto close_cache;
+    }
+    status = work_open(ENGINE_WORKERS, &e->work);
+    if (status < 0) {
+        goto close_peers;
+    }
+    status = lanes_open(e, error);
+    for (unsigned i = 0; status == 0 && i < e->lane_count; i++) {
+        status = lane_start(e->lanes[i]);
+    }
+    if (status < 0) {
+        goto close_lanes;
+    }
+    if (!config->secret->length) {
+        log_info(
+            "no secret_file=: nodes without one serve each other; whoever reaches %s can read what is here",
+            e->address);
+    }
+    *engine = e;
+    return 0;
+
+close_lanes:
+    lanes_close(e);
+    work_close(e->work);
+close_peers:
+    peers_close(e->peers);
+close_cache:
+    cache_close(e->cache);
+close_storage:
+    storage_close(e->storage);
+free_config:
+    config_free(&e->config);
+free_engine:
+    free(e);
+    return status;
+}
+
+const char *engine_address(const struct engine *engine)
+{
+    return engine->address;
+}
+
+void engine_adopt(struct engine *engine)
+{
+    register_adopt(engine);
+}
+
+void engine_close(struct engine *engine)
+{
+    if (!engine) {
+        return;
+    }
+    atomic_store(&engine->closing, true);
+    struct replica **all = NULL;
+    size_t count = 0;
+    if (cache_snapshot(engine->cache, &all, &count) == 0) {
+        for (size_t i = 0; i < count; i++) {
+            replica_fail(all[i], -ESHUTDOWN, "this node unmounts");
+            replica_put(all[i]);
+        }
+        free(all);
+    }
+    lanes_stop(engine);
+    /* Jobs and the catalog's answers still use the engine; all of them have deadlines of their own. */
+    while (atomic_load(&engine->background) > 0) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+    work_close(engine->work);
+    cache_close(engine->cache);
+    lanes_close(engine);
+    peers_close(engine->peers);
+    storage_close(engine->storage);
+    config_free(&engine->config);
+    free(engine);
+}
+
+/* ---- from the catalog ---- */
+
+void engine_version_gone(struct engine *engine, const struct model_id *version)
+{
+    struct replica *replica = cache_find(engine->cache, version);
+    if (!replica) {
+        return;
+    }
+    pthread_mutex_lock(&replica->lock);
+    if (replica->phase == REPLICA_LIVE) {
+        replica->phase = REPLICA_DOOMED;
+    }
+    replica->pinned = false;
+    pthread_mutex_unlock(&replica->lock);
+    cache_retire(engine->cache, replica);
+    replica_put(replica);
+}
+
+void engine_version_sealed(struct engine *engine, const struct model_id *version)
+{
+    struct replica *replica = cache_find(engine->cache, version);
+    if (!replica) {
+        return;
+    }
+    struct model_version fresh;
+    if (catalog_version(engine->config.catalog, version, &fresh) == 0) {
+        pthread_mutex_lock(&replica->lock);
+        if (fresh.sealed && !replica->version.sealed && !replica->inplace) {
+            memcpy(replica->version.root, fresh.root, sizeof fresh.root);
+            replica->version.sealed = true;
+        }
+        pthread_mutex_unlock(&replica->lock);
+        model_version_clear(&fresh);
+    }
+    replica_put(replica);
+}
+
+void engine_node_changed(struct engine *engine, const char *node, bool up)
+{
+    /* Looks for holders see it, and links notice their own end; nothing to do at once. */
+    (void)engine;
+    (void)node;
+    (void)up;
+}
+
+/* ---- reading ---- */
+
+int engine_replica_open(struct engine *engine, const struct model_id *version,
+                        struct replica **replica)
+{
+    for (;;) {
+        struct replica *r = cache_find(engine->cache, version);
+        if (!r) {
+            struct model_version found;
+            int status = catalog_version(engine->config.catalog, version, &found);
+            if (status < 0) {
+                return status;
+            }
+            struct replica *made = NULL;
+            status = replica_new(engine, &found, false, &made);
+            model_version_clear(&found);
+            if (status < 0) {
+                return status;
+            }
+            r = cache_insert(engine->cache, made);
+            if (r != made) {
+                replica_put(made);
+            }
+        }
+        pthread_mutex_lock(&r->lock);
+        bool alive = r->phase != REPLICA_DEAD;
+        if (alive) {
+            r->opens++;
+            r->used_ns = util_now_ns();
+        }
+        pthread_mutex_unlock(&r->lock);
+        if (alive) {
+            *replica = r;
+            return 0;
+        }
+        replica_put(r); /* it died between finding and opening; it has left the table by now */
+    }
+}
+
+void engine_replica_close(struct engine *engine, struct replica *replica)
+{
+    if (!replica) {
+        return;
+    }
+    pthread_mutex_lock(&replica->lock);
+    replica->opens--;
+    replica->used_ns = util_now_ns();
+    pthread_mutex_unlock(&replica->lock);
+    if (replica->inplace) {
+        inplace_idle(replica);
+    }
+    cache_retire(engine->cache, replica);
+    replica_put(replica);
+}
+
+static bool is_draft(struct replica *replica)
+{
+    pthread_mutex_lock(&replica->lock);
+    bool draft = replica->draft != NULL;
+    pthread_mutex_unlock(&replica->lock);
+    return draft;
+}
+
+int engine_read(struct engine *engine, struct replica *replica, uint64_t offset, size_t length,
+                struct engine_waiter *waiter)
+{
+    if (replica->inplace || is_draft(replica)) {
+        return 0;
+    }
+    if (length == 0 || offset >= replica->version.size || length > replica->version.size - offset) {
+        return -EINVAL;
+    }
+    uint32_t first = (uint32_t)(offset / replica->version.shard_size);
+    uint32_t last = (uint32_t)((offset + length - 1) / replica->version.shard_size);
+    if (replica_range_present(replica, first, last)) {
+        atomic_fetch_add_explicit(&engine->counters.reads_hit, 1, memory_order_relaxed);
+        return 0;
+    }
+    if (atomic_load(&engine->closing)) {
+        return -ESHUTDOWN;
+    }
+    pthread_mutex_lock(&replica->lock);
+    if (replica_range_present(replica, first, last)) {
+        pthread_mutex_unlock(&replica->lock);
+        return 0;
+    }
+    waiter->first = first;
+    waiter->last = last;
+    waiter->replica = replica;
+    waiter->parked = true;
+    if (!replica->waiters) {
+        replica->progress_ns = util_now_ns();
+    }
+    DL_APPEND(replica->waiters, waiter);
+    replica->cursor = last;
+    atomic_fetch_add(&engine->counters.readers_waiting, 1);
+    atomic_fetch_add(&engine->counters.reads_waited, 1);
+    pthread_mutex_unlock(&replica->lock);
+
+    int status = pull_want(replica, engine->config.fetch_whole);
+    if (status < 0 && engine_read_cancel(engine, waiter)) {
+        return status;
+    }
+    return -EINPROGRESS;
+}
+
+bool engine_read_cancel(struct engine *engine, struct engine_waiter *waiter)
+{
+    struct replica *replica = waiter->replica;
+    pthread_mutex_lock(&replica->lock);
+    bool ours = waiter->parked;
+    if (ours) {
+        DL_DELETE(replica->waiters, waiter);
+        waiter->parked = false;
+        atomic_fetch_sub(&engine->counters.readers_waiting, 1);
+    }
+    pthread_mutex_unlock(&replica->lock);
+    return ours;
+}
+
+int engine_bytes(struct engine *engine, struct replica *replica, uint64_t offset, size_t length,
+                 void *scratch, const void **bytes)
+{
+    (void)engine;
+    *bytes = scratch;
+    if (replica->inplace) {
+        int status = inplace_read(replica, offset, length, scratch);
+        return status == -ESTALE ? -EIO : status;
+    }
+    if (is_draft(replica)) {
+        return draft_read(replica, offset, length, scratch);
+    }
+    *bytes = replica->map + offset;
+    return 0;
+}
+
+/* ---- writing and registering: see draft.h and register.h ---- */
+
+int engine_draft_new(struct engine *engine, struct replica **draft)
+{
+    return draft_new(engine, draft);
+}
+
+int engine_draft_write(struct engine *engine, struct replica *draft, uint64_t offset,
+                       const void *data, size_t length, engine_done done, void *arg)
+{
+    (void)engine;
+    return draft_write(draft, offset, data, length, done, arg);
+}
+
+int engine_draft_truncate(struct engine *engine, struct replica *draft, uint64_t size)
+{
+    (void)engine;
+    return draft_truncate(draft, size);
+}
+
+void engine_draft_fail(struct replica *draft, int error)
+{
+    draft_fail(draft, error);
+}
+
+int engine_draft_register(struct engine *engine, struct replica *draft, uint64_t parent,
+                          const char *name, uint64_t id, const struct model_attr *attr,
+                          unsigned flags, catalog_done done, void *arg)
+{
+    (void)engine;
+    return draft_register(draft, parent, name, id, attr, flags, done, arg);
+}
+
+int engine_register_file(struct engine *engine, const char *path, uint64_t parent, const char *name,
+                         unsigned flags, catalog_done done, void *arg)
+{
+    return register_file(engine, path, parent, name, flags, done, arg);
+}
+
+int engine_register_tree(struct engine *engine, const char *path, uint64_t parent, const char *name,
+                         unsigned flags, catalog_done done, void *arg)
+{
+    return register_tree(engine, path, parent, name, flags, done, arg);
+}
+
+/* ---- control ---- */
+
+int engine_pull(struct engine *engine, const struct model_id *version)
+{
+    struct replica *replica = NULL;
+    int status = engine_replica_open(engine, version, &replica);
+    if (status < 0) {
+        return status;
+    }
+    status = pull_want(replica, true);
+    engine_replica_close(engine, replica);
+    return status;
+}
+
+struct evict_job {
+    struct work_job job;
+    struct replica *replica;
+    bool force;
+    engine_done done;
+    void *arg;
+};
+
+static void evict_run(struct work_job *job)
+{
+    struct evict_job *evict = util_container(job, struct evict_job, job);
+    struct engine *engine = evict->replica->engine;
+    int status = cache_evict(engine->cache, evict->replica, evict->force);
+    replica_put(evict->replica);
+    evict->done(evict->arg, status);
+    free(evict);
+    core_release(engine);
+}
+
+int engine_evict(struct engine *engine, const struct model_id *version, bool force,
+                 engine_done done, void *arg)
+{
+    struct replica *replica = cache_find(engine->cache, version);
+    if (!replica) {
+        return -ENOENT;
+    }
+    struct evict_job *evict = malloc(sizeof *evict);
+    if (!evict) {
+        replica_put(replica);
+        return -ENOMEM;
+    }
+    *evict = (struct evict_job){
+        .job.run = evict_run, .replica = replica, .force = force, .done = done, .arg = arg};
+    core_hold(engine);
+    work_post(engine->work, &evict->job);
+    return 0;
+}
+
+int engine_pin(struct engine *engine, const struct model_id *version, bool pinned)
+{
+    struct replica *replica = NULL;
+    int status = engine_replica_open(engine, version, &replica);
+    if (status < 0) {
+        return status;
+    }
+    pthread_mutex_lock(&replica->lock);
+    replica->pinned = pinned;
+    pthread_mutex_unlock(&replica->lock);
+    engine_replica_close(engine, replica);
+    return 0;
+}
+
+const char *engine_state_name(enum engine_state state)
+{
+    static const char *const names[] = {
+        [ENGINE_REMOTE] = "remote",     [ENGINE_PARTIAL] = "partial",
+        [ENGINE_FETCHING] = "fetching", [ENGINE_COMPLETE] = "complete",
+        [ENGINE_INPLACE] = "inplace",   [ENGINE_CHANGED] = "changed",
+        [ENGINE_OFFLINE] = "offline",   [ENGINE_WRITING] = "writing",
+    };
+    return names[state];
+}
+
+static enum engine_state state_of(const struct replica *r)
+{
+    if (r->draft) {
+        return ENGINE_WRITING;
+    }
+    if (r->inplace) {
+        return r->changed ? ENGINE_CHANGED : ENGINE_INPLACE;
+    }
+    if (replica_complete(r)) {
+        return ENGINE_COMPLETE;
+    }
+    if (r->pulling && (r->whole || r->waiters)) {
+        return ENGINE_FETCHING;
+    }
+    if (r->looked && r->offline && r->sources == 0) {
+        return ENGINE_OFFLINE;
+    }
+    return atomic_load(&r->present) ? ENGINE_PARTIAL : ENGINE_REMOTE;
+}
+
+static void info_fill(struct replica *r, struct engine_info *out)
+{
+    pthread_mutex_lock(&r->lock);
+    enum engine_state state = state_of(r);
+    bool here = state == ENGINE_COMPLETE || r->inplace || r->draft;
+    *out = (struct engine_info){.state = state,
+                                .size = r->version.size,
+                                .shard_size = r->version.shard_size,
+                                .shards = r->shards,
+                                .shards_present = atomic_load(&r->present),
+                                .resident = atomic_load(&r->resident),
+                                .sources = r->sources,
+                                .pinned = r->pinned,
+                                .sealed = r->version.sealed,
+                                .open = r->opens,
+                                .digest = r->version.digest,
+                                .transport = here && !r->pull_started_ns ? "local"
+                                             : r->pull_started_ns ? r->engine->transport->name
+                                                                  : "",
+                                .error = r->error};
+    memcpy(out->root, r->version.root, sizeof out->root);
+    snprintf(out->reason, sizeof out->reason, "%s", r->error ? r->reason : "");
+    pthread_mutex_unlock(&r->lock);
+}
+
+int engine_info(struct engine *engine, const struct model_id *version, struct engine_info *out)
+{
+    struct replica *replica = cache_find(engine->cache, version);
+    if (replica) {
+        info_fill(replica, out);
+        replica_put(replica);
+        return 0;
+    }
+    struct model_version found;
+    int status = catalog_version(engine->config.catalog, version, &found);
+    if (status < 0) {
+        return status;
+    }
+    *out = (struct engine_info){.state = ENGINE_REMOTE,
+                                .size = found.size,
+                                .shard_size = found.shard_size,
+                                .shards = model_shard_count(found.size, found.shard_size),
+                                .sealed = found.sealed,
+                                .digest = found.digest,
+                                .transport = ""};
+    memcpy(out->root, found.root, sizeof out->root);
+    model_version_clear(&found);
+    return 0;
+}
+
+int engine_draft_info(struct engine *engine, struct replica *draft, struct engine_info *out)
+{
+    (void)engine;
+    info_fill(draft, out);
+    if (out->state == ENGINE_WRITING) {
+        out->size = draft_size(draft);
+        out->resident = out->size;
+    }
+    return 0;
+}
+
+int engine_peers(struct engine *engine, struct engine_peer **out, size_t *count)
+{
+    return peers_list(engine->peers, engine->transport->name, out, count);
+}
+
+void engine_stats(struct engine *engine, struct engine_stats *out)
+{
+    struct core_counters *c = &engine->counters;
+    *out =
+        (struct engine_stats){.pulls_running = (uint64_t)atomic_load(&c->pulls_running),
+                              .readers_waiting = (uint64_t)atomic_load(&c->readers_waiting),
+                              .grants_open = (uint64_t)atomic_load(&c->grants_open),
+                              .bytes_received = atomic_load(&c->bytes_received),
+                              .bytes_served = atomic_load(&c->bytes_served),
+                              .bytes_written = atomic_load(&c->bytes_written),
+                              .shards_fetched = atomic_load(&c->shards_fetched),
+                              .shards_served = atomic_load(&c->shards_served),
+                              .shards_corrupt = atomic_load(&c->shards_corrupt),
+                              .shards_failed = atomic_load(&c->shards_failed),
+                              .reads_hit = atomic_load(&c->reads_hit),
+                              .reads_waited = atomic_load(&c->reads_waited),
+                              .reads_failed = atomic_load(&c->reads_failed),
+                              .pulls_completed = atomic_load(&c->pulls_completed),
+                              .evictions = atomic_load(&c->evictions),
+                              .links_refused = atomic_load(&c->links_refused),
+                              .storage = storage_kind(engine->storage),
+                              .storage_why = storage_why(engine->storage),
+                              .loop = loop_is_uring(engine->lanes[0]->loop) ? "io_uring" : "epoll",
+                              .lanes = engine->lane_count};
+    cache_usage(engine->cache, &out->cache_limit, &out->cache_used);
+    cache_count(engine->cache, &out->replicas, &out->replicas_complete);
+}

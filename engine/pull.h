@@ -1,0 +1,20 @@
+/* Pull: fills a replica's shards from whoever has them.
+ *
+ * Each lane works on every running pull with its own sources (one for each peer that holds the version); `spread` says
+ * which shard comes next, and the replica's states keep two lanes from taking the same one. The replica's home lane
+ * also looks for holders, and ends the pull. */
+#ifndef P2PFS_ENGINE_PULL_H
+#define P2PFS_ENGINE_PULL_H
+
+#include "engine/lane.h"
+#include "engine/replica.h"
+
+/* Any thread, no lock held: gets the pull going if it is not. whole: the whole file is wanted from now on. 0; errors of
+ * opening the storage. Not having room in the cache shows later, as -ENOSPC to the waiters. */
+int pull_want(struct replica *replica, bool whole);
+
+/* Lane thread. */
+void pull_tick(struct lane *lane, uint64_t now_ns);
+void pull_close_all(struct lane *lane);
+
+#endif

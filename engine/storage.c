@@ -1,0 +1,209 @@
+#include "engine/storage.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/mount.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "meta/base/util.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+#define STORAGE_PAGE 4096ull
+#define STORAGE_HUGE (2ull << 20)
+
+enum storage_type { STORAGE_TMPFS, STORAGE_MEMFD, STORAGE_DIR };
+
+struct storage {
+    enum storage_type type;
+    int mount; /* O_PATH-like descriptor of the tmpfs or the directory; -1 for memfd */
+    char why[128];
+};
+
+/* glibc before 2.36 lacks these wrappers, and its mount header fights with the kernel's. */
+static int fs_open(const char *type)
+{
+    return (int)syscall(SYS_fsopen, type, FSOPEN_CLOEXEC);
+}
+
+static int fs_config(int fs, unsigned command, const char *key, const char *value)
+{
+    return (int)syscall(SYS_fsconfig, fs, command, key, value, 0);
+}
+
+static int tmpfs_mount(uint64_t limit)
+{
+    util_autoclose int fs = fs_open("tmpfs");
+    if (fs < 0) {
+        return -errno;
+    }
+    char size[32];
+    /* One huge page of slack per open file is not counted by the cache, so leave some. */
+    snprintf(size, sizeof size, "%llu",
+             (unsigned long long)(limit + limit / 64 + 64 * STORAGE_HUGE));
+    if (fs_config(fs, FSCONFIG_SET_STRING, "huge", "within_size") < 0 ||
+        fs_config(fs, FSCONFIG_SET_STRING, "size", size) < 0 ||
+        fs_config(fs, FSCONFIG_SET_STRING, "nr_inodes", "0") < 0 ||
+        fs_config(fs, FSCONFIG_SET_STRING, "mode", "0700") < 0) {
+        return -errno;
+    }
+    /* Kernels before 6.4 have no noswap; pages may then be swapped, which is slow but right. */
+    (void)fs_config(fs, FSCONFIG_SET_FLAG, "noswap", NULL);
+    if (fs_config(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0) {
+        return -errno;
+    }
+    int mount = (int)syscall(SYS_fsmount, fs, FSMOUNT_CLOEXEC,
+                             MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC);
+    return mount < 0 ? -errno : mount;
+}
+
+static int dir_open(const char *dir, char **error)
+{
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) {
+        int status = -errno;
+        if (asprintf(error, "cache_dir=%s: %s; name an existing directory that p2pfs may write",
+                     dir, strerror(-status)) < 0) {
+            *error = NULL;
+        }
+        return status;
+    }
+    int probe = openat(fd, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (probe < 0) {
+        int status = -errno;
+        if (asprintf(
+                error,
+                "cache_dir=%s: cannot make unnamed files there: %s; use a directory on ext4, xfs or tmpfs",
+                dir, strerror(-status)) < 0) {
+            *error = NULL;
+        }
+        close(fd);
+        return status;
+    }
+    close(probe);
+    return fd;
+}
+
+int storage_open(uint64_t limit, const char *dir, struct storage **storage, char **error)
+{
+    *error = NULL;
+    struct storage *s = calloc(1, sizeof *s);
+    if (!s) {
+        return -ENOMEM;
+    }
+    if (dir) {
+        s->type = STORAGE_DIR;
+        s->mount = dir_open(dir, error);
+        if (s->mount < 0) {
+            int status = s->mount;
+            free(s);
+            return status;
+        }
+        snprintf(s->why, sizeof s->why, "cache_dir= is set");
+        *storage = s;
+        return 0;
+    }
+    s->type = STORAGE_TMPFS;
+    s->mount = tmpfs_mount(limit);
+    if (s->mount < 0) {
+        snprintf(s->why, sizeof s->why,
+                 "a tmpfs of its own could not be made (%s); needs CAP_SYS_ADMIN and Linux 5.2",
+                 strerror(-s->mount));
+        s->type = STORAGE_MEMFD;
+        s->mount = -1;
+    }
+    *storage = s;
+    return 0;
+}
+
+void storage_close(struct storage *storage)
+{
+    if (!storage) {
+        return;
+    }
+    if (storage->mount >= 0) {
+        close(storage->mount);
+    }
+    free(storage);
+}
+
+const char *storage_kind(const struct storage *storage)
+{
+    static const char *const names[] = {
+        [STORAGE_TMPFS] = "huge tmpfs", [STORAGE_MEMFD] = "memfd", [STORAGE_DIR] = "cache_dir"};
+    return names[storage->type];
+}
+
+const char *storage_why(const struct storage *storage)
+{
+    return storage->why;
+}
+
+int storage_file(struct storage *storage, const char *name)
+{
+    int fd = storage->type == STORAGE_MEMFD
+                 ? memfd_create(name, MFD_CLOEXEC)
+                 : openat(storage->mount, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    return fd < 0 ? -errno : fd;
+}
+
+uint64_t storage_charge(uint64_t size)
+{
+    return (size + STORAGE_PAGE - 1) / STORAGE_PAGE * STORAGE_PAGE;
+}
+
+/* A mapping that may hold huge pages begins at a multiple of their size, so a little more is asked for and the ends
+ * are given back. */
+int storage_map(int fd, uint64_t size, uint8_t **map)
+{
+    uint64_t length = storage_charge(size);
+    uint64_t spare = length >= STORAGE_HUGE ? STORAGE_HUGE : 0;
+    uint8_t *hold =
+        mmap(NULL, length + spare, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (hold == MAP_FAILED) {
+        return -errno;
+    }
+    uint8_t *at = hold;
+    if (spare) {
+        at = (uint8_t *)(((uintptr_t)hold + STORAGE_HUGE - 1) & ~(uintptr_t)(STORAGE_HUGE - 1));
+    }
+    if (mmap(at, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        int status = -errno;
+        munmap(hold, length + spare);
+        return status;
+    }
+    if (at > hold) {
+        munmap(hold, (size_t)(at - hold));
+    }
+    if (at + length < hold + length + spare) {
+        munmap(at + length, (size_t)(hold + spare - at));
+    }
+    *map = at;
+    return 0;
+}
+
+void storage_unmap(uint8_t *map, uint64_t size)
+{
+    if (map) {
+        munmap(map, storage_charge(size));
+    }
+}
+
+int storage_populate(uint8_t *map, uint64_t offset, uint64_t length)
+{
+    uint64_t first = offset / STORAGE_PAGE * STORAGE_PAGE;
+    uint64_t end = storage_charge(offset + length);
+    if (madvise(map + first, end - first, MADV_POPULATE_WRITE) == 0 || errno == EINVAL) {
+        return 0; /* EINVAL: the kernel is older than 5.14; pages come when they are touched */
+    }
+    /* A tmpfs that is full answers EFAULT here, where a write would get SIGBUS. */
+    return errno == EFAULT ? -ENOSPC : -errno;
+}

@@ -1,0 +1,31 @@
+/* Storage: where replicas' bytes lie: unnamed files, one each, on a tmpfs of our own that nothing else can see.
+ *
+ * A detached tmpfs (fsopen, huge=within_size, noswap, size = the cache limit) gives huge pages without touching the
+ * machine's settings; where the kernel or the privilege is missing, memfd; with a directory, O_TMPFILE files there.
+ * Any thread. Errors: negative errno. */
+#ifndef P2PFS_ENGINE_STORAGE_H
+#define P2PFS_ENGINE_STORAGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+struct storage;
+
+/* limit: bytes that all files together may take. dir: NULL or a directory. `error` as in engine_open. */
+int storage_open(uint64_t limit, const char *dir, struct storage **storage, char **error);
+void storage_close(struct storage *storage);             /* files that are open live on */
+const char *storage_kind(const struct storage *storage); /* "huge tmpfs", "memfd" or "cache_dir" */
+const char *storage_why(const struct storage *storage);  /* why not huge tmpfs, or "" */
+
+/* An empty unnamed file; the caller closes it. `name` is for /proc only. */
+int storage_file(struct storage *storage, const char *name);
+/* What a file of `size` bytes takes. */
+uint64_t storage_charge(uint64_t size);
+/* Maps a file of `size` bytes read-write and shared, at an address that huge pages can serve. */
+int storage_map(int fd, uint64_t size, uint8_t **map);
+void storage_unmap(uint8_t *map, uint64_t size);
+/* Gives a range its pages before somebody writes there. Failure is harmless but for -ENOSPC and -ENOMEM, which a later
+ * write would meet as SIGBUS. */
+int storage_populate(uint8_t *map, uint64_t offset, uint64_t length);
+
+#endif
