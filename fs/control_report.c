@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/transport.h"
 #include "fs/control_parts.h"
 #include "meta/base/util.h"
 #include "p2pfs_config.h"
@@ -67,6 +68,7 @@ static void status_meta(const struct house *house, struct json_out *out)
 
 static void status_engine(const struct house *house, struct json_out *out)
 {
+    static const char *const transports[] = {"rdma", "tcp"};
     struct engine_stats stats;
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
@@ -82,7 +84,9 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_text(out, "loop", stats.loop);
     json_put_u64(out, "lanes", stats.lanes);
     json_array(out, "transports");
-    json_put_text(out, NULL, "tcp");
+    for (size_t i = 0; i < util_count(transports); i++)
+        if (transport_by_name(transports[i]))
+            json_put_text(out, NULL, transports[i]);
     json_end(out);
     json_put_text(out, "fetch", house->options.fetch_whole ? "whole" : "demand");
     json_put_text(out, "io_path", "buffered");
