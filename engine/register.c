@@ -192,7 +192,7 @@ static int tree_wait(struct tree_job *tree, unsigned at_most)
 static int tree_blame(struct tree_job *tree, const char *path, int status)
 {
     if (!tree->culprit[0]) {
-        snprintf(tree->culprit, sizeof tree->culprit, "%s", path);
+        snprintf(tree->culprit, sizeof tree->culprit, "%.500s", path);
     }
     return status;
 }
