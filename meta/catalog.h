@@ -63,6 +63,9 @@ int catalog_resolve(struct catalog *catalog, const char *path, struct model_entr
 /* The whole path of an entry without a leading '/', NUL-terminated. -ENOENT, -ENAMETOOLONG. */
 int catalog_path(struct catalog *catalog, uint64_t id, char *out, size_t size);
 int catalog_version(struct catalog *catalog, const struct model_id *id, struct model_version *out);
+/* Every version that a node registered in place (by the node's name, whatever its incarnation), as borrowed copies. */
+typedef void (*catalog_version_each)(void *arg, const struct model_version *version);
+int catalog_registered(struct catalog *catalog, const char *node, catalog_version_each each, void *arg);
 /* How many names lead to a version. */
 uint32_t catalog_version_names(struct catalog *catalog, const struct model_id *id);
 /* A live node by name. 0, -ENOENT. */
