@@ -32,7 +32,8 @@ struct digest_shard {
     size_t hashed;       /* leaves up to here are in */
     uint8_t *leaves;     /* digests of the leaves so far (malloc'd) */
 };
-int digest_shard_begin(struct digest_shard *d, const struct digest_ops *ops, const void *data, size_t length);
+int digest_shard_begin(struct digest_shard *d, const struct digest_ops *ops, const void *data,
+                       size_t length);
 /* The first `landed` bytes are there: hashes every leaf that is complete. */
 void digest_shard_advance(struct digest_shard *d, size_t landed);
 /* All bytes are there: the shard's digest into out (ops->size bytes). */
@@ -40,10 +41,11 @@ void digest_shard_finish(struct digest_shard *d, uint8_t *out);
 void digest_shard_clear(struct digest_shard *d); /* frees; harmless twice */
 
 /* From the digests of its leaves (`count` of them, concatenated). */
-void digest_shard_from_leaves(const struct digest_ops *ops, const uint8_t *leaves, size_t count, uint8_t *out);
+void digest_shard_from_leaves(const struct digest_ops *ops, const uint8_t *leaves, size_t count,
+                              uint8_t *out);
 /* The whole shard at once. */
 int digest_of_shard(const struct digest_ops *ops, const void *data, size_t length, uint8_t *out);
-void digest_root(const struct digest_ops *ops, uint64_t size, uint32_t shard_size, const uint8_t *shards,
-                 uint32_t count, uint8_t *out);
+void digest_root(const struct digest_ops *ops, uint64_t size, uint32_t shard_size,
+                 const uint8_t *shards, uint32_t count, uint8_t *out);
 
 #endif

@@ -186,16 +186,18 @@ void engine_close(struct engine *engine)
     size_t count = 0;
     if (cache_snapshot(engine->cache, &all, &count) == 0) {
         for (size_t i = 0; i < count; i++) {
+            pull_stop(all[i]);
             replica_fail(all[i], -ESHUTDOWN, "this node unmounts");
             replica_put(all[i]);
         }
         free(all);
     }
-    lanes_stop(engine);
-    /* Jobs and the catalog's answers still use the engine; all of them have deadlines of their own. */
+    /* Jobs and the catalog's answers still use the lanes; all of them have deadlines of their own, and nothing new
+     * begins while closing. */
     while (atomic_load(&engine->background) > 0) {
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     }
+    lanes_stop(engine);
     work_close(engine->work);
     cache_close(engine->cache);
     lanes_close(engine);
@@ -229,16 +231,7 @@ void engine_version_sealed(struct engine *engine, const struct model_id *version
     if (!replica) {
         return;
     }
-    struct model_version fresh;
-    if (catalog_version(engine->config.catalog, version, &fresh) == 0) {
-        pthread_mutex_lock(&replica->lock);
-        if (fresh.sealed && !replica->version.sealed && !replica->inplace) {
-            memcpy(replica->version.root, fresh.root, sizeof fresh.root);
-            replica->version.sealed = true;
-        }
-        pthread_mutex_unlock(&replica->lock);
-        model_version_clear(&fresh);
-    }
+    replica_refresh(replica);
     replica_put(replica);
 }
 

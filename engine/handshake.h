@@ -27,9 +27,11 @@ struct handshake_side {
     uint64_t boot;
     const uint8_t *nonce; /* WIRE_NONCE bytes */
 };
-void handshake_prove_holder(const struct handshake_secret *secret, const struct handshake_side *puller,
+void handshake_prove_holder(const struct handshake_secret *secret,
+                            const struct handshake_side *puller,
                             const struct handshake_side *holder, uint8_t proof[WIRE_PROOF]);
-void handshake_prove_puller(const struct handshake_secret *secret, const struct handshake_side *puller,
+void handshake_prove_puller(const struct handshake_secret *secret,
+                            const struct handshake_side *puller,
                             const struct handshake_side *holder, uint8_t proof[WIRE_PROOF]);
 /* Constant-time. */
 bool handshake_equal(const uint8_t a[WIRE_PROOF], const uint8_t b[WIRE_PROOF]);

@@ -34,7 +34,8 @@ struct loop_task {
 };
 
 int loop_open(struct loop **loop); /* 0, -ENOMEM, -EMFILE */
-void loop_close(struct loop *loop); /* after loop_run has returned; runs no more tasks; NULL is harmless */
+void loop_close(
+    struct loop *loop); /* after loop_run has returned; runs no more tasks; NULL is harmless */
 /* Runs until loop_stop; tasks that were posted before loop_stop still run. */
 void loop_run(struct loop *loop);
 void loop_stop(struct loop *loop);
@@ -47,7 +48,8 @@ uint64_t loop_now_ns(const struct loop *loop); /* CLOCK_MONOTONIC as of this tur
 int loop_watch_set(struct loop *loop, struct loop_watch *watch, uint32_t events);
 /* Ends it: after return `ready` is not called any more and the watch may be freed (also inside its own callback). */
 void loop_watch_clear(struct loop *loop, struct loop_watch *watch);
-int loop_timer_set(struct loop *loop, struct loop_timer *timer, uint64_t delay_ns); /* again: moves it. 0, -ENOMEM */
+int loop_timer_set(struct loop *loop, struct loop_timer *timer,
+                   uint64_t delay_ns); /* again: moves it. 0, -ENOMEM */
 void loop_timer_clear(struct loop *loop, struct loop_timer *timer);
 bool loop_is_uring(const struct loop *loop);
 

@@ -16,12 +16,13 @@ struct mailbox_item {
     struct mailbox_item *next; /* the mailbox's */
 };
 
-int mailbox_open(struct loop *loop, void *arg, struct mailbox **box); /* 0, -ENOMEM, -EMFILE; one reference */
+int mailbox_open(struct loop *loop, void *arg,
+                 struct mailbox **box); /* 0, -ENOMEM, -EMFILE; one reference */
 /* On the loop's thread (not inside an item), or when the loop does not run: disposes of what is left and drops the
  * owner's reference. NULL is harmless. */
 void mailbox_close(struct mailbox *box);
-struct mailbox *mailbox_ref(struct mailbox *box);                       /* any thread */
-void mailbox_unref(struct mailbox *box);                                /* any thread; NULL is harmless */
-void mailbox_post(struct mailbox *box, struct mailbox_item *item);      /* any thread; order is kept */
+struct mailbox *mailbox_ref(struct mailbox *box); /* any thread */
+void mailbox_unref(struct mailbox *box);          /* any thread; NULL is harmless */
+void mailbox_post(struct mailbox *box, struct mailbox_item *item); /* any thread; order is kept */
 
 #endif

@@ -62,8 +62,8 @@ static void look(struct replica *replica)
 {
     struct engine *engine = replica->engine;
     pthread_mutex_lock(&replica->lock);
-    bool start = !replica->looking;
-    replica->looking = true;
+    bool start = !replica->looking && !atomic_load(&engine->closing);
+    replica->looking |= start;
     pthread_mutex_unlock(&replica->lock);
     if (!start) {
         return;
@@ -114,7 +114,8 @@ static void room_run(struct work_job *job)
     free(room);
 
     pthread_mutex_lock(&replica->lock);
-    uint64_t need = replica->version.size;
+    uint64_t need = storage_charge(replica->version.size);
+    need -= need < replica->reserved ? need : replica->reserved;
     if (!replica->whole) {
         uint64_t some = (uint64_t)replica->version.shard_size * 4;
         need = need < some ? need : some;
@@ -145,8 +146,8 @@ static void room_run(struct work_job *job)
 static void room_request(struct replica *replica)
 {
     pthread_mutex_lock(&replica->lock);
-    bool start = !replica->room_wanted;
-    replica->room_wanted = true;
+    bool start = !replica->room_wanted && !atomic_load(&replica->engine->closing);
+    replica->room_wanted |= start;
     pthread_mutex_unlock(&replica->lock);
     if (!start) {
         return;
@@ -250,9 +251,9 @@ int pull_want(struct replica *replica, bool whole)
 {
     struct engine *engine = replica->engine;
     pthread_mutex_lock(&replica->lock);
-    if (replica_complete(replica) || replica->inplace) {
+    if (replica_complete(replica) || replica->inplace || atomic_load(&engine->closing)) {
         pthread_mutex_unlock(&replica->lock);
-        return 0;
+        return atomic_load(&engine->closing) ? -ESHUTDOWN : 0;
     }
     int status = replica_storage_open(replica);
     if (status < 0) {
@@ -285,6 +286,18 @@ int pull_want(struct replica *replica, bool whole)
     /* Also when it runs already: the lanes then see what this reader waits for. */
     lane_post_all(engine, pull_run, replica);
     return 0;
+}
+
+void pull_stop(struct replica *replica)
+{
+    pthread_mutex_lock(&replica->lock);
+    bool ran = replica->pulling;
+    replica->pulling = false;
+    replica->whole = false;
+    pthread_mutex_unlock(&replica->lock);
+    if (ran) {
+        atomic_fetch_sub(&replica->engine->counters.pulls_running, 1);
+    }
 }
 
 /* Home lane: decides whether the pull goes on, and looks for holders again. */
@@ -344,7 +357,7 @@ void pull_tick(struct lane *lane, uint64_t now_ns)
     struct pull *pull;
     struct pull *next;
     DL_FOREACH_SAFE(lane->pulls, pull, next) {
-        source_stalls(pull, now_ns);
+        source_tick(pull, now_ns);
         if (pull_home(pull)) {
             home_tick(pull, now_ns);
         }

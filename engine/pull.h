@@ -13,6 +13,9 @@
  * opening the storage. Not having room in the cache shows later, as -ENOSPC to the waiters. */
 int pull_want(struct replica *replica, bool whole);
 
+/* Nothing more is wanted: lanes let go of it at their next tick. Any thread, no lock held. */
+void pull_stop(struct replica *replica);
+
 /* Lane thread. */
 void pull_tick(struct lane *lane, uint64_t now_ns);
 void pull_close_all(struct lane *lane);

@@ -313,6 +313,22 @@ bool replica_root_agrees(const struct replica *replica)
     return memcmp(root, replica->version.root, replica->digest->size) == 0;
 }
 
+void replica_refresh(struct replica *replica)
+{
+    struct model_version fresh;
+    if (replica->inplace ||
+        catalog_version(replica->engine->config.catalog, &replica->version.id, &fresh) < 0) {
+        return; /* in place: the root is this node's own work */
+    }
+    pthread_mutex_lock(&replica->lock);
+    if (fresh.sealed && !replica->version.sealed) {
+        memcpy(replica->version.root, fresh.root, sizeof fresh.root);
+        replica->version.sealed = true;
+    }
+    pthread_mutex_unlock(&replica->lock);
+    model_version_clear(&fresh);
+}
+
 /* ---- announcements ---- */
 
 static void announced(void *arg, int status, const struct model_entry *entry)

@@ -115,6 +115,9 @@ const uint8_t *replica_digest(const struct replica *replica, uint32_t shard);
 bool replica_root_agrees(const struct replica *replica);
 int replica_digests_room(struct replica *replica); /* lock held; -ENOMEM */
 
+/* Takes over the root when the catalog has got it since. No lock held. */
+void replica_refresh(struct replica *replica);
+
 /* Announces to the cluster what this node holds now, if that is news. Any thread, no lock held. */
 void replica_announce(struct replica *replica);
 

@@ -430,6 +430,10 @@ static void ask(struct session *s, const struct wire_message *message)
         return;
     }
     struct replica *replica = follow->replica;
+    if (atomic_load(&engine->closing)) {
+        gone_send(s, message->handle, message->request, WIRE_GONE_EVICTED);
+        return;
+    }
     if (message->shard >= replica->shards || !replica_shard_present(replica, message->shard)) {
         gone_send(s, message->handle, message->request, WIRE_GONE_SHARD);
         return;

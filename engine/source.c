@@ -21,8 +21,10 @@ struct source {
     struct pull *pull;
     uint8_t *bitmap;
     bool attached;
-    bool gone;   /* it said so; asked again when the next look still lists it */
-    bool listed; /* the last look listed it */
+    bool gone;       /* it said so; asked again when the next look still lists it */
+    bool listed;     /* the last look listed it */
+    uint8_t *staged; /* its list of digests so far, until it is whole and proven */
+    uint32_t staged_count;
     uint32_t inflight;
     uint64_t busy_until_ns;
     uint64_t stalled_until_ns;
@@ -79,21 +81,20 @@ static uint32_t filling_count(const struct replica *replica)
     return n;
 }
 
-/* While the registrar has not digested everything, only its own word goes for a digest: another source can be asked
- * only for shards whose digest is known already. Lock held. */
-static const uint8_t *askable(const struct source *source, uint8_t *scratch)
+static bool source_is_registrar(const struct source *source)
+{
+    const struct model_version *version = &source->pull->replica->version;
+    const struct model_node *node = supplier_node(source->attachment.supplier);
+    return node->boot == version->origin_boot && strcmp(node->name, version->origin_node) == 0;
+}
+
+/* Nothing is asked before its digest can be trusted: all of them against the root, or, while the registrar has not
+ * digested everything yet, its own word in the grant. Lock held. */
+static bool askable(const struct source *source)
 {
     const struct replica *replica = source->pull->replica;
-    const struct model_node *node = supplier_node(source->attachment.supplier);
-    bool registrar = node->boot == replica->version.origin_boot &&
-                     strcmp(node->name, replica->version.origin_node) == 0;
-    if (registrar || atomic_load(&replica->all_known)) {
-        return source->bitmap;
-    }
-    for (uint32_t i = 0; i < (replica->shards + 7) / 8; i++) {
-        scratch[i] = replica->known ? source->bitmap[i] & replica->known[i] : 0;
-    }
-    return scratch;
+    return atomic_load(&replica->all_known) ||
+           (!replica->version.sealed && source_is_registrar(source));
 }
 
 /* Takes the next shard for this source and marks it FILLING. SPREAD_NONE: none, or not now. */
@@ -105,12 +106,7 @@ static uint32_t shard_take(struct source *source, uint32_t window, bool *urgent)
     bool room = true;
 
     pthread_mutex_lock(&replica->lock);
-    uint8_t *scratch = NULL;
-    if (!atomic_load(&replica->all_known)) {
-        scratch = malloc(replica->shards / 8 + 1);
-    }
-    if (replica->pulling && !replica->room_wanted &&
-        (scratch || atomic_load(&replica->all_known))) {
+    if (replica->pulling && !replica->room_wanted && askable(source)) {
         struct spread_view view = {.shards = replica->shards,
                                    .states = (const uint8_t *)replica->states,
                                    .rarity =
@@ -119,7 +115,7 @@ static uint32_t shard_take(struct source *source, uint32_t window, bool *urgent)
                                    .demand_count = demand_collect(replica, demand),
                                    .cursor = replica->cursor,
                                    .whole = replica->whole};
-        shard = spread_next(&view, askable(source, scratch), util_random_u64(), urgent);
+        shard = spread_next(&view, source->bitmap, util_random_u64(), urgent);
         if (shard != SPREAD_NONE && !*urgent && source->inflight >= window) {
             shard = SPREAD_NONE;
         }
@@ -134,7 +130,6 @@ static uint32_t shard_take(struct source *source, uint32_t window, bool *urgent)
         }
     }
     pthread_mutex_unlock(&replica->lock);
-    free(scratch);
     if (!room) {
         source->pull->room_request(replica);
     }
@@ -233,11 +228,9 @@ static bool fill_granted(struct request *request, const uint8_t *digest, size_t 
     fill->progress_ns = loop_now_ns(fill->source->pull->lane->loop);
 
     pthread_mutex_lock(&replica->lock);
-    if (!replica_digest_known(replica, request->shard)) {
-        /* Only the registrar is asked before the digest is known (askable), so this is its word. */
-        if (digest_size == replica->digest->size) {
-            replica_digest_set(replica, request->shard, digest);
-        }
+    /* Only the registrar is asked before the digests are proven (askable), so this is its word. */
+    if (digest_size == replica->digest->size && !replica->version.sealed) {
+        replica_digest_set(replica, request->shard, digest);
     }
     bool known = replica_digest_known(replica, request->shard);
     if (known) {
@@ -370,8 +363,50 @@ static void source_have(struct attachment *attachment, uint32_t shard)
     source_pump(source, loop_now_ns(source->pull->lane->loop));
 }
 
-/* A holder's list of digests counts when it makes up the version's root, or when the holder is the registrar. The parts
- * are gathered in the replica; if they do not agree in the end, all are forgotten and the peer is to blame. */
+/* Gathers a holder's list of digests: its parts come in order. True: it is whole. */
+static bool digests_stage(struct source *source, uint32_t first, uint32_t count,
+                          const uint8_t *digests)
+{
+    const struct replica *replica = source->pull->replica;
+    size_t size = replica->digest->size;
+    if (!source->staged) {
+        source->staged = malloc((size_t)replica->shards * size + 1);
+    }
+    if (!source->staged || (first != 0 && first != source->staged_count)) {
+        return false; /* told anew from the start when the holder's queue had been full */
+    }
+    memcpy(source->staged + (size_t)first * size, digests, (size_t)count * size);
+    source->staged_count = first + count;
+    return source->staged_count == replica->shards;
+}
+
+/* A whole list counts when it makes up the version's root, or, while there is no root yet, when it is the registrar's
+ * word. 0; -EBADMSG: it does not make up the root; -EAGAIN: there is no telling yet. */
+static int digests_install(struct source *source)
+{
+    struct replica *replica = source->pull->replica;
+    uint8_t root[MODEL_DIGEST_MAX];
+    digest_root(replica->digest, replica->version.size, replica->version.shard_size, source->staged,
+                replica->shards, root);
+    int status = 0;
+    replica_refresh(replica);
+    pthread_mutex_lock(&replica->lock);
+    if (atomic_load(&replica->all_known)) {
+        status = 0;
+    } else if (!replica->version.sealed && !source_is_registrar(source)) {
+        status = -EAGAIN;
+    } else if (replica->version.sealed &&
+               memcmp(root, replica->version.root, replica->digest->size) != 0) {
+        status = -EBADMSG;
+    } else {
+        for (uint32_t k = 0; k < replica->shards; k++) {
+            replica_digest_set(replica, k, source->staged + (size_t)k * replica->digest->size);
+        }
+    }
+    pthread_mutex_unlock(&replica->lock);
+    return status;
+}
+
 static void source_digests(struct attachment *attachment, uint32_t first, uint32_t count,
                            size_t size, const uint8_t *digests)
 {
@@ -383,20 +418,11 @@ static void source_digests(struct attachment *attachment, uint32_t first, uint32
                       "sent digests of another kind or number than the version has");
         return;
     }
-    bool lied = false;
-    pthread_mutex_lock(&replica->lock);
-    if (!atomic_load(&replica->all_known)) {
-        for (uint32_t i = 0; i < count; i++) {
-            replica_digest_set(replica, first + i, digests + (size_t)i * size);
-        }
-        if (replica->known_count == replica->shards && !atomic_load(&replica->all_known)) {
-            memset(replica->known, 0, (replica->shards + 7) / 8);
-            replica->known_count = 0;
-            lied = true;
-        }
+    if (atomic_load(&replica->all_known) || !digests_stage(source, first, count, digests)) {
+        return;
     }
-    pthread_mutex_unlock(&replica->lock);
-    if (lied) {
+    if (digests_install(source) == -EBADMSG) {
+        source->staged_count = 0;
         peer_strike(supplier_peer(attachment->supplier));
         supplier_drop(attachment->supplier, "sent digests that do not make up the version's root");
         return;
@@ -443,6 +469,7 @@ static void source_remove(struct source *source)
     source_bitmap_clear(source);
     supplier_detach(&source->attachment);
     DL_DELETE(pull->sources, source);
+    free(source->staged);
     free(source->bitmap);
     free(source);
 }
@@ -526,8 +553,15 @@ void source_update(struct pull *pull)
     source_pump_all(pull);
 }
 
-void source_stalls(struct pull *pull, uint64_t now_ns)
+void source_tick(struct pull *pull, uint64_t now_ns)
 {
+    struct source *waiting;
+    DL_FOREACH(pull->sources, waiting) {
+        if (waiting->staged && waiting->staged_count == pull->replica->shards &&
+            !atomic_load(&pull->replica->all_known)) {
+            (void)digests_install(waiting); /* the root may have come meanwhile */
+        }
+    }
     struct fill *fill;
     struct fill *next;
     DL_FOREACH_SAFE(pull->fills, fill, next) {

@@ -28,8 +28,9 @@ struct pull {
 void source_pump_all(struct pull *pull);
 /* Makes sources of the holders that the last look found; those that it no longer lists and that are not attached go. */
 void source_update(struct pull *pull);
-/* Takes shards that do not move away from their source where another one has them. */
-void source_stalls(struct pull *pull, uint64_t now_ns);
+/* Takes shards that do not move away from their source where another one has them, and looks again at lists of digests
+ * that could not be proven yet. */
+void source_tick(struct pull *pull, uint64_t now_ns);
 /* Cancels what is on its way and leaves every peer. */
 void source_clear(struct pull *pull);
 

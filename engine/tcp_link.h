@@ -18,14 +18,14 @@
 #include "engine/tcp_socket.h"
 #include "engine/transport.h"
 
-#define TCP_PREFACE_BYTES 8
-#define TCP_HEAD_BYTES    20
-#define TCP_SLICE_BYTES   (1u << 20)               /* payload of one DATA frame */
-#define TCP_TURN_BYTES    (4u << 20)               /* in one turn, each way: another link is waiting */
-#define TCP_QUEUE_BYTES   (4u << 20)               /* messages that wait to be sent */
-#define TCP_TAIL_BYTES    4096                     /* read along behind a slice: the next head, small messages */
-#define TCP_STAGE_BYTES   (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
-#define TCP_DESCRIPTOR_BYTES 13                    /* 'T', id u32, length u64 */
+#define TCP_PREFACE_BYTES    8
+#define TCP_HEAD_BYTES       20
+#define TCP_SLICE_BYTES      (1u << 20) /* payload of one DATA frame */
+#define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
+#define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
+#define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
+#define TCP_STAGE_BYTES      (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
+#define TCP_DESCRIPTOR_BYTES 13 /* 'T', id u32, length u64 */
 
 enum tcp_state { TCP_RESOLVING, TCP_CONNECTING, TCP_OPEN, TCP_BROKEN };
 enum tcp_frame { TCP_MESSAGE = 1, TCP_DATA, TCP_END };
@@ -42,10 +42,10 @@ struct tcp_exposure {
 struct tcp_transport {
     struct transport base;
     struct tcp_tuning tuning;
-    struct mailbox *mailbox;  /* names found, connections handed over */
-    struct loop_timer turn;   /* always set, so that moving it cannot fail */
+    struct mailbox *mailbox; /* names found, connections handed over */
+    struct loop_timer turn;  /* always set, so that moving it cannot fail */
     struct tcp_link *links;
-    struct tcp_link *marked;  /* have something to do in the next turn */
+    struct tcp_link *marked; /* have something to do in the next turn */
     struct tcp_link *dead;
     uint64_t last_number;
 
@@ -80,7 +80,7 @@ struct tcp_link {
         uint8_t *bytes;
         size_t begin, end, room;
     } queue;
-    bool full; /* somebody got -EAGAIN */
+    bool full;                                    /* somebody got -EAGAIN */
     struct tcp_exposure *urgent, *normal, *quiet; /* quiet: sent or failed, until unexpose */
     struct {
         struct tcp_exposure *exposure; /* NULL while left > 0: it was taken back, zeros follow */
@@ -117,12 +117,12 @@ void tcp_link_break(struct tcp_link *link, int error, const char *format, ...)
 int tcp_link_greet(struct tcp_link *link); /* opens the conversation. 0, -ENOMEM */
 void tcp_link_read(struct tcp_link *link);
 void tcp_link_write(struct tcp_link *link);
-void tcp_link_push(struct tcp_link *link); /* what of the queue goes without waiting */
+void tcp_link_push(struct tcp_link *link);   /* what of the queue goes without waiting */
 void tcp_link_forget(struct tcp_link *link); /* frees buffers and exposures */
 
 int tcp_link_send(struct link *link, const void *message, size_t length);
-int tcp_link_expose(struct link *link, uint32_t id, const struct transport_region *region, bool urgent,
-                    struct transport_descriptor *descriptor);
+int tcp_link_expose(struct link *link, uint32_t id, const struct transport_region *region,
+                    bool urgent, struct transport_descriptor *descriptor);
 void tcp_link_unexpose(struct link *link, uint32_t id);
 int tcp_link_fetch(struct link *link, const struct transport_descriptor *descriptor,
                    struct transport_fetch *fetch);

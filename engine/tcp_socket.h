@@ -36,6 +36,7 @@ int tcp_tuning_from(const struct transport_config *config, struct tcp_tuning *tu
 /* A nonblocking socket, or negative errno. */
 int tcp_socket_listen(const struct tcp_tuning *tuning, const struct tcp_address *address);
 int tcp_socket_connect(const struct tcp_tuning *tuning, const struct tcp_address *address);
-void tcp_socket_accepted(const struct tcp_tuning *tuning, int fd); /* gives an accepted one its options */
+void tcp_socket_accepted(const struct tcp_tuning *tuning,
+                         int fd); /* gives an accepted one its options */
 
 #endif

@@ -19,9 +19,9 @@
 
 #include "engine/loop.h"
 
-#define TRANSPORT_MESSAGE_MAX (64u << 10) /* bytes of one control message */
+#define TRANSPORT_MESSAGE_MAX    (64u << 10) /* bytes of one control message */
 #define TRANSPORT_DESCRIPTOR_MAX 64
-#define TRANSPORT_NAME_MAX 271
+#define TRANSPORT_NAME_MAX       271
 
 struct transport;
 struct link;
@@ -45,8 +45,8 @@ struct transport_fetch {
     void *destination;
     size_t length;
     uint32_t id;
-    size_t landed;       /* bytes that have arrived as a prefix without gaps */
-    struct link *link;   /* the rest is the transport's */
+    size_t landed;     /* bytes that have arrived as a prefix without gaps */
+    struct link *link; /* the rest is the transport's */
     struct transport_fetch *next;
     void *state;
 };
@@ -72,35 +72,38 @@ struct transport_events {
 };
 
 struct transport_config {
-    const char *congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
-    uint32_t buffer_bytes;  /* TCP: SO_SNDBUF and SO_RCVBUF, 0: the transport's default */
+    const char *
+        congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
+    uint32_t buffer_bytes; /* TCP: SO_SNDBUF and SO_RCVBUF, 0: the transport's default */
 };
 
 struct transport_ops {
     const char *name; /* "tcp", "rdma", "mem" */
     bool one_sided;
 
-    int (*open)(struct loop *loop, const struct transport_config *config, const struct transport_events *events,
-                void *arg, struct transport **transport);
+    int (*open)(struct loop *loop, const struct transport_config *config,
+                const struct transport_events *events, void *arg, struct transport **transport);
     /* All links are shut first by the caller. NULL is harmless. */
     void (*close)(struct transport *transport);
     /* Starts to accept on "host:port" (port 0: any). `bound`: the address with the real port. -EADDRINUSE,
      * -EADDRNOTAVAIL, -EINVAL (malformed, or the host does not resolve), -EACCES. */
-    int (*listen)(struct transport *transport, const char *address, char bound[TRANSPORT_NAME_MAX + 1]);
+    int (*listen)(struct transport *transport, const char *address,
+                  char bound[TRANSPORT_NAME_MAX + 1]);
     /* Gives an accepted connection to the loop of another instance of the same kind (round robin over lanes): from
      * then on accepted events come there. `next` gives the instance; called on the accepting thread. */
     void (*share)(struct transport *transport, struct transport *(*next)(void *arg), void *arg);
     /* `connected` or `down` follows, within timeout_ms. */
-    int (*connect)(struct transport *transport, const char *address, uint32_t timeout_ms, void *user,
-                   struct link **link);
+    int (*connect)(struct transport *transport, const char *address, uint32_t timeout_ms,
+                   void *user, struct link **link);
 
     int (*send)(struct link *link, const void *message, size_t length); /* copied; order is kept */
     /* Grants reading of the region under id until unexpose. TCP: the bytes begin to follow what was sent before. */
-    int (*expose)(struct link *link, uint32_t id, const struct transport_region *region, bool urgent,
-                  struct transport_descriptor *descriptor);
+    int (*expose)(struct link *link, uint32_t id, const struct transport_region *region,
+                  bool urgent, struct transport_descriptor *descriptor);
     /* After return the other side cannot read the region any more; a fetch of it that is not finished fails there. */
     void (*unexpose)(struct link *link, uint32_t id);
-    int (*fetch)(struct link *link, const struct transport_descriptor *descriptor, struct transport_fetch *fetch);
+    int (*fetch)(struct link *link, const struct transport_descriptor *descriptor,
+                 struct transport_fetch *fetch);
     /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped. */
     void (*cancel)(struct link *link, struct transport_fetch *fetch);
     /* Ends and frees the link (queued messages are still sent where that needs no waiting): no event comes any more,
@@ -117,10 +120,10 @@ struct transport {
 };
 struct link {
     struct transport *transport;
-    void *user;       /* the upper floor's */
-    bool outgoing;    /* we connected */
+    void *user;                        /* the upper floor's */
+    bool outgoing;                     /* we connected */
     char peer[TRANSPORT_NAME_MAX + 1]; /* the other end's address, for the log */
-    uint64_t received; /* bytes of shards */
+    uint64_t received;                 /* bytes of shards */
     uint64_t sent;
 };
 

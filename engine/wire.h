@@ -35,12 +35,12 @@
 #include "engine/transport.h"
 #include "meta/model.h"
 
-#define WIRE_MAGIC 0x70327066u /* "p2pf" */
-#define WIRE_PROTOCOL 1
-#define WIRE_NONCE 32
-#define WIRE_PROOF 32
-#define WIRE_HAVE_MAX 1024      /* shards in one HAVE */
-#define WIRE_DIGESTS_MAX 1024   /* digests in one DIGESTS */
+#define WIRE_MAGIC       0x70327066u /* "p2pf" */
+#define WIRE_PROTOCOL    1
+#define WIRE_NONCE       32
+#define WIRE_PROOF       32
+#define WIRE_HAVE_MAX    1024 /* shards in one HAVE */
+#define WIRE_DIGESTS_MAX 1024 /* digests in one DIGESTS */
 
 enum wire_type {
     WIRE_HELLO = 1,
@@ -60,39 +60,39 @@ enum wire_type {
     WIRE_PONG,
 };
 
-enum wire_reason { /* in GONE */
-    WIRE_GONE_EVICTED = 1, /* this node does not have it (any more) */
-    WIRE_GONE_CHANGED,     /* registered in place, and the local file is not what it was */
-    WIRE_GONE_SHARD,       /* this shard is not here yet */
-    WIRE_GONE_ERROR,       /* reading it failed here */
+enum wire_reason {                        /* in GONE */
+                   WIRE_GONE_EVICTED = 1, /* this node does not have it (any more) */
+                   WIRE_GONE_CHANGED, /* registered in place, and the local file is not what it was */
+                   WIRE_GONE_SHARD,   /* this shard is not here yet */
+                   WIRE_GONE_ERROR,   /* reading it failed here */
 };
 
 struct wire_message {
     enum wire_type type;
-    uint16_t protocol;                  /* HELLO, WELCOME */
-    char node[MODEL_NODE_MAX + 1];      /* HELLO, WELCOME: the sender */
-    uint64_t boot;                      /* HELLO, WELCOME: the sender's incarnation */
-    uint64_t wanted_boot;               /* HELLO: the incarnation that is meant, 0: any */
-    bool has_secret;                    /* HELLO */
-    uint8_t nonce[WIRE_NONCE];          /* HELLO, WELCOME */
-    uint8_t proof[WIRE_PROOF];          /* WELCOME, PROOF; zeros without a secret */
+    uint16_t protocol;             /* HELLO, WELCOME */
+    char node[MODEL_NODE_MAX + 1]; /* HELLO, WELCOME: the sender */
+    uint64_t boot;                 /* HELLO, WELCOME: the sender's incarnation */
+    uint64_t wanted_boot;          /* HELLO: the incarnation that is meant, 0: any */
+    bool has_secret;               /* HELLO */
+    uint8_t nonce[WIRE_NONCE];     /* HELLO, WELCOME */
+    uint8_t proof[WIRE_PROOF];     /* WELCOME, PROOF; zeros without a secret */
     uint32_t handle;
     uint32_t request;
-    struct model_id version;            /* ATTACH */
-    bool complete;                      /* ATTACHED */
-    uint32_t count;                     /* ATTACHED: shards of the version; DIGESTS, HAVE: items */
-    const uint8_t *bitmap;              /* ATTACHED: (count + 7) / 8 bytes, bit k % 8 of byte k / 8 */
-    uint32_t first;                     /* DIGESTS */
-    uint8_t digest_size;                /* DIGESTS, GRANT */
-    const uint8_t *digests;             /* DIGESTS: count * digest_size bytes; GRANT: one, or digest_size 0 */
-    const uint8_t *shards;              /* HAVE: count big-endian u32 */
-    uint32_t shard;                     /* ASK */
-    bool urgent;                        /* ASK */
-    uint64_t length;                    /* GRANT */
+    struct model_id version; /* ATTACH */
+    bool complete;           /* ATTACHED */
+    uint32_t count;          /* ATTACHED: shards of the version; DIGESTS, HAVE: items */
+    const uint8_t *bitmap;   /* ATTACHED: (count + 7) / 8 bytes, bit k % 8 of byte k / 8 */
+    uint32_t first;          /* DIGESTS */
+    uint8_t digest_size;     /* DIGESTS, GRANT */
+    const uint8_t *digests;  /* DIGESTS: count * digest_size bytes; GRANT: one, or digest_size 0 */
+    const uint8_t *shards;   /* HAVE: count big-endian u32 */
+    uint32_t shard;          /* ASK */
+    bool urgent;             /* ASK */
+    uint64_t length;         /* GRANT */
     struct transport_descriptor descriptor; /* GRANT */
-    uint32_t retry_ms;                  /* BUSY */
-    enum wire_reason reason;            /* GONE */
-    uint64_t token;                     /* PING, PONG */
+    uint32_t retry_ms;                      /* BUSY */
+    enum wire_reason reason;                /* GONE */
+    uint64_t token;                         /* PING, PONG */
 };
 
 ssize_t wire_encode(const struct wire_message *message, void *out, size_t size);
