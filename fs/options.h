@@ -1,4 +1,5 @@
-/* Options: what the command line and -o say, checked; and the table from which help, man page test and parser live. */
+/* Options: what the command line and -o say, checked; and the table from which help, man page
+ * test and parser live. */
 #ifndef P2PFS_FS_OPTIONS_H
 #define P2PFS_FS_OPTIONS_H
 
@@ -16,12 +17,12 @@ struct options {
     char *node;
     char *listen;
     char *advertise;
-    char *transport;  /* "auto" or "tcp" */
+    char *transport;     /* "auto" or "tcp" */
     uint32_t shard_size; /* 0: auto */
     uint64_t cache_size;
     char *cache_dir;
     bool fetch_whole;
-    char *open;       /* "stream", "wait" or "auto" */
+    char *open; /* "stream", "wait" or "auto" */
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     char *tcp_congestion;
@@ -33,20 +34,25 @@ struct options {
     enum log_level log_level;
     bool allow_other;
     bool default_permissions;
-    char *fuse;       /* options for libfuse, comma-separated (fsname, subtype, allow_other, ...) */
+    char *fuse; /* options for libfuse, comma-separated (fsname, subtype, allow_other, ...) */
 };
 
-/* One accepted -o option. `refused`: accepted by the contract, but this build cannot do it; says what instead. */
+struct options_parse;
+
+/* One accepted -o option. `refused`: accepted by the contract, but this build cannot do it; says
+ * what instead. */
 struct options_entry {
-    const char *name;      /* "cache_size" */
-    const char *argument;  /* "SIZE", or NULL for a flag */
-    const char *summary;   /* one line for help and man page */
+    const char *name;     /* "cache_size" */
+    const char *argument; /* "SIZE", or NULL for a flag */
+    const char *summary;  /* one line for help and man page */
     const char *refused;
+    int (*set)(struct options_parse *parse); /* options.c's own; NULL: refused */
 };
 extern const struct options_entry options_table[]; /* ends with name NULL */
 
-/* Parses `p2pfs META DIR [-f] [-o OPTIONS]...` (argv[0] is the program). 0, or -EINVAL with *error: one sentence that
- * names the option, the value and the remedy (malloc'd). Environment variables of Mooncake count where no option does. */
+/* Parses `p2pfs META DIR [-f] [-o OPTIONS]...` (argv[0] is the program). 0, or -EINVAL with
+ * *error: one sentence that names the option, the value and the remedy (malloc'd). Environment
+ * variables of Mooncake count where no option does. */
 int options_parse(int argc, char *const *argv, struct options *out, char **error);
 void options_clear(struct options *options);
 

@@ -1,0 +1,377 @@
+/* p2pfs: the mount program and the control tool in one. Builds the house of one mount in one
+ * visible order, serves, and takes it down in reverse. */
+#include <errno.h>
+#include <fcntl.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "engine/engine.h"
+#include "engine/handshake.h"
+#include "engine/work.h"
+#include "fs/address.h"
+#include "fs/cmd.h"
+#include "fs/control.h"
+#include "fs/fresh.h"
+#include "fs/house.h"
+#include "fs/inode.h"
+#include "fs/mountpoint.h"
+#include "fs/options.h"
+#include "fs/read.h"
+#include "fs/session.h"
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+#include "meta/meta.h"
+
+#define MAIN_LEASE_MS 10000
+#define MAIN_CHORES   4 /* registering in place waits for local disks */
+
+static struct handshake_secret secret;
+
+/* One line for the user. Takes `why`, which may be NULL; then the errno speaks. */
+static void complain(const char *what, int rc, char *why)
+{
+    if (why != NULL)
+        fprintf(stderr, "p2pfs: %s\n", why);
+    else
+        fprintf(stderr, "p2pfs: %s: %s\n", what, strerror(-rc));
+    free(why);
+}
+
+/* ---- events of the catalog, for the engine while it lives ---- */
+
+static void version_gone(void *arg, const struct model_id *version)
+{
+    struct house *house = arg;
+    pthread_mutex_lock(&house->gate);
+    if (house->events_to != NULL)
+        engine_version_gone(house->events_to, version);
+    pthread_mutex_unlock(&house->gate);
+}
+
+static void version_sealed(void *arg, const struct model_id *version)
+{
+    struct house *house = arg;
+    pthread_mutex_lock(&house->gate);
+    if (house->events_to != NULL)
+        engine_version_sealed(house->events_to, version);
+    pthread_mutex_unlock(&house->gate);
+}
+
+static void node_changed(void *arg, const char *node, bool up)
+{
+    struct house *house = arg;
+    pthread_mutex_lock(&house->gate);
+    if (house->events_to != NULL)
+        engine_node_changed(house->events_to, node, up);
+    pthread_mutex_unlock(&house->gate);
+}
+
+static void gate_set(struct house *house, struct engine *engine)
+{
+    pthread_mutex_lock(&house->gate);
+    house->events_to = engine;
+    pthread_mutex_unlock(&house->gate);
+}
+
+/* ---- the steps ---- */
+
+static int secret_read(const struct options *options)
+{
+    if (options->secret_file == NULL)
+        return 0;
+    int rc = handshake_secret_read(options->secret_file, &secret);
+    if (rc == -EPERM)
+        fprintf(stderr, "p2pfs: secret_file=%s: others may read it; chmod 600 it\n",
+                options->secret_file);
+    else if (rc == -EINVAL)
+        fprintf(
+            stderr,
+            "p2pfs: secret_file=%s: a secret is 16 to %d bytes; write one, for example with openssl rand "
+            "-hex 32\n",
+            options->secret_file, HANDSHAKE_SECRET_MAX);
+    else if (rc != 0)
+        fprintf(stderr, "p2pfs: secret_file=%s: %s\n", options->secret_file, strerror(-rc));
+    return rc;
+}
+
+static int open_catalog(struct house *house, uint64_t boot)
+{
+    const struct options *options = &house->options;
+    struct catalog_config config = {.url = options->meta,
+                                    .credentials_file = options->credentials,
+                                    .self = {.boot = boot, .pid = getpid()},
+                                    .lease_ms = MAIN_LEASE_MS,
+                                    .orphan_ttl_s = options->orphan_ttl_s,
+                                    .events = {.arg = house,
+                                               .version_gone = version_gone,
+                                               .version_sealed = version_sealed,
+                                               .node_changed = node_changed}};
+    snprintf(config.self.name, sizeof(config.self.name), "%s", options->node);
+    snprintf(config.self.locality, sizeof(config.self.locality), "%s",
+             options->locality == NULL ? "" : options->locality);
+    address_host(config.self.host);
+    char *why = NULL;
+    int rc = catalog_open(&config, &house->catalog, &why);
+    if (rc != 0)
+        complain(options->meta, rc, why);
+    return rc;
+}
+
+static int open_engine(struct house *house, uint64_t boot)
+{
+    const struct options *options = &house->options;
+    struct engine_config config = {.catalog = house->catalog,
+                                   .node = options->node,
+                                   .boot = boot,
+                                   .listen = options->listen,
+                                   .transport = "tcp",
+                                   .congestion = options->tcp_congestion,
+                                   .cache_size = options->cache_size,
+                                   .cache_dir = options->cache_dir,
+                                   .shard_size = options->shard_size,
+                                   .digest = options->digest,
+                                   .fetch_whole = options->fetch_whole,
+                                   .read_timeout_ms = options->read_timeout_s * 1000u,
+                                   .secret = &secret,
+                                   .exclude_dir = house->mountpoint};
+    char *why = NULL;
+    int rc = engine_open(&config, &house->engine, &why);
+    if (rc != 0)
+        complain(options->listen, rc, why);
+    return rc;
+}
+
+static int announce(struct house *house)
+{
+    char address[MODEL_ADDRESS_MAX + 1], *why = NULL;
+    int rc = address_advertised(&house->options, engine_address(house->engine), address);
+    if (rc == 0)
+        rc = catalog_serve(house->catalog, address, &why);
+    if (rc != 0)
+        complain(house->options.node, rc, why);
+    return rc;
+}
+
+static int open_files(struct house *house, const struct model_attr *root)
+{
+    int rc = inodes_open(house->catalog, root, &house->inodes);
+    if (rc == 0)
+        rc = fresh_files_open(house, &house->fresh);
+    if (rc == 0)
+        rc = parking_open(house, &house->parking);
+    if (rc == 0)
+        rc = work_open(MAIN_CHORES, &house->chores);
+    if (rc == 0)
+        rc = work_open(1, &house->notices);
+    if (rc == 0)
+        rc = control_open(house, &house->control);
+    if (rc != 0)
+        complain("starting", rc, NULL);
+    return rc;
+}
+
+/* Ends what answers requests. The engine and the catalog still run, for what is under way. */
+static void quiet_files(struct house *house)
+{
+    fresh_files_shut(house->fresh);
+    parking_clear(house->parking);
+    session_unmount(house);
+    control_close(house->control);
+    work_close(house->chores);
+    struct work *notices = house->notices;
+    house->notices = NULL;
+    work_close(notices);
+    parking_close(house->parking);
+}
+
+/* Before it serves, somebody may wait for this process to go on by itself. */
+static void serving(struct house *house)
+{
+    if (house->ready_fd < 0)
+        return;
+    util_autoclose int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (chdir("/") != 0 || null < 0)
+        log_debug("cannot let go of the terminal: %s", strerror(errno));
+    for (int fd = 0; fd <= 2 && null >= 0; fd++)
+        dup2(null, fd);
+    if (write(house->ready_fd, "+", 1) != 1)
+        log_warn("nobody waited for the mount");
+    close(house->ready_fd);
+}
+
+/* Builds, serves, unbuilds. The exit status. */
+static int mount_run(struct house *house, const struct model_attr *root)
+{
+    uint64_t boot = util_random_u64();
+    int status = 1;
+    if (secret_read(&house->options) != 0)
+        return status;
+    const struct meta_ops *backend = meta_backend(house->options.meta);
+    int rc = address_defaults(&house->options, backend->single_machine);
+    if (rc != 0) {
+        complain("listen", rc, NULL);
+        goto wipe_secret;
+    }
+    if (open_catalog(house, boot) != 0)
+        goto wipe_secret;
+    if (open_engine(house, boot) != 0)
+        goto close_catalog;
+    gate_set(house, house->engine);
+    if (announce(house) != 0)
+        goto close_engine;
+    engine_adopt(house->engine);
+    if (open_files(house, root) != 0)
+        goto quiet_files;
+
+    char *why = NULL;
+    rc = session_open(house, &why);
+    if (rc != 0) {
+        complain(house->mountpoint, rc, why);
+        goto quiet_files;
+    }
+    sigset_t ends; /* the other threads keep them blocked */
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGTERM);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGHUP);
+    pthread_sigmask(SIG_UNBLOCK, &ends, NULL);
+    rc = session_serve(house);
+    pthread_sigmask(SIG_BLOCK, &ends, NULL);
+    status = rc == 0 ? 0 : 1;
+    if (rc != 0)
+        log_error("%s: the kernel ended the mount: %s", house->mountpoint, strerror(-rc));
+    else
+        log_info("%s: unmounted", house->mountpoint);
+
+quiet_files:
+    quiet_files(house);
+close_engine:
+    gate_set(house, NULL);
+    engine_close(house->engine);
+close_catalog:
+    catalog_close(house->catalog);
+    fresh_files_close(house->fresh);
+    inodes_close(house->inodes);
+    session_close(house);
+wipe_secret:
+    handshake_secret_wipe(&secret);
+    return status;
+}
+
+/* Every open file and peer costs a descriptor, and the soft limit is often 1024. */
+static void limits_raise(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+/* In the background: the parent returns its exit status when the child serves or has failed,
+ * with *child unset. Before any thread is made. */
+static int daemonise(struct house *house, bool *child)
+{
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC) != 0) {
+        complain("pipe", -errno, NULL);
+        return 1;
+    }
+    pid_t pid = fork();
+    if (pid < 0) {
+        complain("fork", -errno, NULL);
+        return 1;
+    }
+    if (pid == 0) {
+        close(ends[0]);
+        setsid();
+        house->ready_fd = ends[1];
+        *child = true;
+        return 0;
+    }
+    close(ends[1]);
+    char mark = 0;
+    int status = 0;
+    if (read(ends[0], &mark, 1) == 1)
+        return 0;
+    if (waitpid(pid, &status, 0) != pid || !WIFEXITED(status)) {
+        fprintf(stderr,
+                "p2pfs: the mount process died before it served; run it with -f to see why\n");
+        return 1;
+    }
+    return WEXITSTATUS(status);
+}
+
+static int mount_main(int argc, char **argv)
+{
+    struct house house = {.ready_fd = -1,
+                          .gate = PTHREAD_MUTEX_INITIALIZER,
+                          .serving = serving,
+                          .started_ms = util_now_ms(),
+                          .uid = getuid()};
+    char *why = NULL;
+    int rc = options_parse(argc, argv, &house.options, &why);
+    if (rc != 0) {
+        complain("options", rc, why);
+        return rc == -EINVAL ? 2 : 1;
+    }
+    struct model_attr root = {0};
+    int status = 1;
+    rc = mountpoint_check(house.options.mountpoint, &house.mountpoint, &root, &why);
+    if (rc != 0) {
+        complain(house.options.mountpoint, rc, why);
+        goto clear_options;
+    }
+    limits_raise();
+    umask(0);
+    sigset_t held;
+    sigemptyset(&held);
+    sigaddset(&held, SIGTERM);
+    sigaddset(&held, SIGINT);
+    sigaddset(&held, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &held, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    bool child = house.options.foreground;
+    if (!child)
+        status = daemonise(&house, &child);
+    if (child) {
+        log_setup(house.options.log_level, !house.options.foreground);
+        status = mount_run(&house, &root);
+    }
+clear_options:
+    free(house.mountpoint);
+    options_clear(&house.options);
+    return status;
+}
+
+static int usage(const char *problem, const char *word)
+{
+    fprintf(stderr, "p2pfs: %s%s; p2pfs help lists the commands, and p2pfs META DIR mounts\n", word,
+            problem);
+    return 2;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2)
+        return usage("what to do?", "");
+    const char *word = argv[1];
+    if (strcmp(word, "-h") == 0 || strcmp(word, "--help") == 0)
+        word = "help";
+    else if (strcmp(word, "-V") == 0 || strcmp(word, "--version") == 0)
+        word = "version";
+    const struct cmd *cmd = cmd_find(word);
+    if (cmd != NULL)
+        return cmd->run(argc - 1, argv + 1);
+    if (word[0] == '-' || strstr(word, "://") != NULL)
+        return mount_main(argc, argv);
+    return usage(": there is no such command", word);
+}

@@ -1,0 +1,169 @@
+#include "fs/mountpoint.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "meta/base/util.h"
+
+struct mount_line {
+    dev_t device;
+    char *type;
+};
+
+/* Blanks and the like stand as three octal digits. */
+static void unescape(char *text)
+{
+    char *to = text;
+    for (const char *at = text; *at != '\0'; at++) {
+        if (at[0] == '\\' && at[1] != '\0' && at[2] != '\0' && at[3] != '\0') {
+            *to++ = (char)((at[1] - '0') << 6 | (at[2] - '0') << 3 | (at[3] - '0'));
+            at += 3;
+        } else {
+            *to++ = *at;
+        }
+    }
+    *to = '\0';
+}
+
+/* The topmost mount at a path; false: nothing is mounted there. type: malloc'd. */
+static bool topmost(const char *absolute, struct mount_line *out)
+{
+    FILE *table = fopen("/proc/self/mountinfo", "re");
+    util_autofree char *line = NULL;
+    size_t size = 0;
+    *out = (struct mount_line){0};
+    while (table != NULL && getline(&line, &size, table) > 0) {
+        unsigned major = 0, minor = 0;
+        int at = 0, end = 0;
+        if (sscanf(line, "%*s %*s %u:%u %*s %n%*s%n", &major, &minor, &at, &end) != 2 || end == 0)
+            continue;
+        const char *rest = strstr(line + end, " - ");
+        line[end] = '\0';
+        unescape(line + at);
+        if (rest == NULL || strcmp(line + at, absolute) != 0)
+            continue;
+        free(out->type);
+        out->type = strndup(rest + 3, strcspn(rest + 3, " "));
+        out->device = makedev(major, minor);
+    }
+    if (table != NULL)
+        fclose(table);
+    return out->type != NULL;
+}
+
+bool mountpoint_has(const char *absolute, dev_t device)
+{
+    struct mount_line mount;
+    bool found = topmost(absolute, &mount) && mount.device == device;
+    free(mount.type);
+    return found;
+}
+
+/* An absolute path for the last component as it stands, for looking it up among the mounts
+ * without entering it. */
+static char *absolute_path(const char *dir)
+{
+    util_autofree char *copy = strdup(dir);
+    if (copy == NULL)
+        return NULL;
+    size_t length = strlen(copy);
+    while (length > 1 && copy[length - 1] == '/')
+        copy[--length] = '\0';
+    char *slash = strrchr(copy, '/');
+    const char *last = slash == NULL ? copy : slash + 1;
+    if (strcmp(last, ".") == 0 || strcmp(last, "..") == 0 || last[0] == '\0')
+        return realpath(copy, NULL);
+    util_autofree char *parent = slash == copy   ? strdup("/")
+                                 : slash == NULL ? strdup(".")
+                                                 : strndup(copy, (size_t)(slash - copy));
+    util_autofree char *above = parent == NULL ? NULL : realpath(parent, NULL);
+    char *joined = NULL;
+    if (above == NULL || asprintf(&joined, "%s/%s", strcmp(above, "/") == 0 ? "" : above, last) < 0)
+        return NULL;
+    return joined;
+}
+
+static int refuse(char **error, int rc, const char *dir, const char *why)
+{
+    if (asprintf(error, "%s: %s", dir, why) < 0)
+        *error = NULL;
+    return rc;
+}
+
+/* 0: nothing but "." and "..". */
+static int check_empty(const char *path)
+{
+    DIR *dir = opendir(path);
+    if (dir == NULL)
+        return -errno;
+    int rc = 0;
+    struct dirent *entry;
+    while (rc == 0 && (entry = readdir(dir)) != NULL)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            rc = -ENOTEMPTY;
+    closedir(dir);
+    return rc;
+}
+
+static int check_mounts(const char *dir, const char *absolute, char **error)
+{
+    struct mount_line mount;
+    int rc = 0;
+    if (topmost(absolute, &mount) && strncmp(mount.type, "fuse", 4) == 0) {
+        struct stat st;
+        if (stat(absolute, &st) != 0 && (errno == ENOTCONN || errno == ECONNABORTED))
+            rc = refuse(error, -ENOTCONN, dir,
+                        "a dead mount is left there (its process ended without unmounting); "
+                        "umount -l it first");
+        else if (strcmp(mount.type, "fuse.p2pfs") == 0)
+            rc =
+                refuse(error, -EBUSY, dir,
+                       "it is a p2pfs mount already; umount it first, or choose another directory");
+    }
+    free(mount.type);
+    return rc;
+}
+
+int mountpoint_check(const char *dir, char **out, struct model_attr *root, char **error)
+{
+    util_autofree char *path = absolute_path(dir);
+    int rc = path == NULL ? -errno : 0;
+    if (rc == 0)
+        rc = check_mounts(dir, path, error);
+    if (rc != 0 && *error != NULL)
+        return rc;
+    util_autofree char *real = rc == 0 ? realpath(path, NULL) : NULL;
+    struct stat st;
+    if (rc == 0 && (real == NULL || stat(real, &st) != 0))
+        rc = -errno;
+    if (rc == -ENOENT)
+        return refuse(error, rc, dir, "there is no such directory; mkdir it first");
+    if (rc == -ENOTCONN)
+        return refuse(error, rc, dir, "a dead mount is left there or above; umount -l it first");
+    if (rc != 0)
+        return refuse(error, rc, dir, strerror(-rc));
+    if (!S_ISDIR(st.st_mode))
+        return refuse(error, -ENOTDIR, dir, "it is not a directory; choose an empty directory");
+    rc = check_mounts(dir, real, error);
+    if (rc != 0)
+        return rc;
+    rc = check_empty(real);
+    if (rc == -ENOTEMPTY)
+        return refuse(
+            error, rc, dir,
+            "it is not empty, and a mount would hide what it holds; choose an empty directory");
+    if (rc != 0)
+        return refuse(error, rc, dir, strerror(-rc));
+    *root = (struct model_attr){.mode = st.st_mode & 07777,
+                                .uid = st.st_uid,
+                                .gid = st.st_gid,
+                                .mtime_ns = st.st_mtim.tv_sec * 1000000000LL + st.st_mtim.tv_nsec};
+    *out = strdup(real);
+    return *out == NULL ? -ENOMEM : 0;
+}

@@ -1,0 +1,629 @@
+#include "fs/options.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <netinet/in.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+#include "engine/digest.h"
+#include "fs/memory.h"
+#include "meta/base/util.h"
+#include "meta/meta.h"
+
+#define OPTIONS_READ_TIMEOUT 60
+#define OPTIONS_ORPHAN_TTL   3600
+
+/* An option's value goes into *out; *error is set where it does not suit. NULL value: a flag
+ * without one. */
+struct options_parse {
+    struct options *out;
+    const char *name;
+    const char *value;
+    char **error;
+};
+
+static int refuse(char **error, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int refuse(char **error, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    free(*error);
+    if (vasprintf(error, format, arguments) < 0)
+        *error = NULL;
+    va_end(arguments);
+    return -EINVAL;
+}
+
+static int text_set(char **to, const char *value)
+{
+    char *copy = strdup(value);
+    if (copy == NULL)
+        return -ENOMEM;
+    free(*to);
+    *to = copy;
+    return 0;
+}
+
+/* ---- one function for each kind of value ---- */
+
+static int set_node(struct options_parse *p)
+{
+    if (model_node_check(p->value) != 0)
+        return refuse(
+            p->error,
+            "node=%s: a node's name is 1 to %d printable ASCII characters without '/', '%%' and blanks",
+            p->value, MODEL_NODE_MAX);
+    return text_set(&p->out->node, p->value);
+}
+
+/* "host:port", "[v6]:port"; with `portless` also without the port. */
+static bool address_valid(const char *text, bool portless)
+{
+    const char *colon = strrchr(text, ':');
+    const char *bracket = strrchr(text, ']');
+    if (strlen(text) > MODEL_ADDRESS_MAX || text[0] == '\0')
+        return false;
+    if (colon == NULL || (bracket != NULL && colon < bracket))
+        return portless;
+    char *end = NULL;
+    errno = 0;
+    unsigned long port = strtoul(colon + 1, &end, 10);
+    return colon[1] >= '0' && colon[1] <= '9' && *end == '\0' && port <= UINT16_MAX &&
+           colon != text;
+}
+
+static int set_listen(struct options_parse *p)
+{
+    if (!address_valid(p->value, false))
+        return refuse(
+            p->error,
+            "listen=%s: not an address; write HOST:PORT, [IPV6]:PORT, or HOST:0 for any port",
+            p->value);
+    return text_set(&p->out->listen, p->value);
+}
+
+static int set_advertise(struct options_parse *p)
+{
+    if (!address_valid(p->value, true))
+        return refuse(
+            p->error,
+            "advertise=%s: not an address; write HOST or HOST:PORT as peers reach this node",
+            p->value);
+    return text_set(&p->out->advertise, p->value);
+}
+
+static int set_transport(struct options_parse *p)
+{
+    if (strcmp(p->value, "rdma") == 0)
+        return refuse(p->error,
+                      "transport=rdma: this build cannot use RDMA; use transport=tcp, or auto");
+    if (strcmp(p->value, "auto") != 0 && strcmp(p->value, "tcp") != 0)
+        return refuse(p->error, "transport=%s: there is no such transport; use auto or tcp",
+                      p->value);
+    return text_set(&p->out->transport, p->value);
+}
+
+static int set_shard_size(struct options_parse *p)
+{
+    uint64_t size = 0;
+    if (strcmp(p->value, "auto") == 0) {
+        p->out->shard_size = 0;
+        return 0;
+    }
+    if (util_size_parse(p->value, 0, &size) != 0 || size < MODEL_SHARD_MIN ||
+        size > MODEL_SHARD_MAX || size % MODEL_SHARD_STEP != 0)
+        return refuse(
+            p->error,
+            "shard_size=%s: not a shard size; write a multiple of 4K from 64K to 1G, or auto",
+            p->value);
+    p->out->shard_size = (uint32_t)size;
+    return 0;
+}
+
+static int set_cache_size(struct options_parse *p)
+{
+    uint64_t size = 0;
+    if (util_size_parse(p->value, memory_limit(), &size) != 0 || size < MODEL_AUTO_MIN)
+        return refuse(
+            p->error,
+            "cache_size=%s: not a size; write bytes (K, M, G, T), at least 1M, or a %% of the memory",
+            p->value);
+    p->out->cache_size = size;
+    return 0;
+}
+
+static int set_cache_dir(struct options_parse *p)
+{
+    if (p->value[0] != '/')
+        return refuse(p->error, "cache_dir=%s: not an absolute path; write /DIRECTORY", p->value);
+    return text_set(&p->out->cache_dir, p->value);
+}
+
+static int set_fetch(struct options_parse *p)
+{
+    p->out->fetch_whole = strcmp(p->value, "whole") == 0;
+    if (!p->out->fetch_whole && strcmp(p->value, "demand") != 0)
+        return refuse(p->error, "fetch=%s: use whole or demand", p->value);
+    return 0;
+}
+
+static int set_open(struct options_parse *p)
+{
+    if (strcmp(p->value, "wait") == 0)
+        return refuse(
+            p->error,
+            "open=wait: this build cannot hold an open until the file is here; use open=stream, "
+            "and p2pfs wait before reading");
+    if (strcmp(p->value, "stream") != 0 && strcmp(p->value, "auto") != 0)
+        return refuse(p->error, "open=%s: use stream or auto", p->value);
+    return text_set(&p->out->open, p->value);
+}
+
+static int set_seconds(struct options_parse *p, uint32_t least, uint32_t *to)
+{
+    char *end = NULL;
+    errno = 0;
+    unsigned long seconds = strtoul(p->value, &end, 10);
+    if (p->value[0] < '0' || p->value[0] > '9' || *end != '\0' || errno != 0 || seconds < least ||
+        seconds > 1000000000)
+        return refuse(p->error, "%s=%s: not a number of seconds; write %u or more", p->name,
+                      p->value, least);
+    *to = (uint32_t)seconds;
+    return 0;
+}
+
+static int set_read_timeout(struct options_parse *p)
+{
+    return set_seconds(p, 1, &p->out->read_timeout_s);
+}
+
+static int set_orphan_ttl(struct options_parse *p)
+{
+    return set_seconds(p, 0, &p->out->orphan_ttl_s);
+}
+
+static int set_tcp_congestion(struct options_parse *p)
+{
+    if (p->value[0] == '\0' || strlen(p->value) > 15)
+        return refuse(
+            p->error,
+            "tcp_congestion=%s: not an algorithm; see /proc/sys/net/ipv4/tcp_available_congestion_control",
+            p->value);
+    return text_set(&p->out->tcp_congestion, p->value);
+}
+
+static int set_digest(struct options_parse *p)
+{
+    const struct digest_ops *digest = digest_by_name(p->value);
+    if (digest == NULL)
+        return refuse(p->error, "digest=%s: there is no such digest; use xxh3 or sha256", p->value);
+    p->out->digest = digest->kind;
+    return 0;
+}
+
+static int set_allow_overwrite(struct options_parse *p)
+{
+    p->out->allow_overwrite = true;
+    return 0;
+}
+
+static int set_credentials(struct options_parse *p)
+{
+    return text_set(&p->out->credentials, p->value);
+}
+
+static int set_secret_file(struct options_parse *p)
+{
+    return text_set(&p->out->secret_file, p->value);
+}
+
+static int set_encryption(struct options_parse *p)
+{
+    if (strcmp(p->value, "off") == 0)
+        return 0;
+    if (strcmp(p->value, "on") == 0 || strcmp(p->value, "required") == 0)
+        return refuse(
+            p->error,
+            "encryption=%s: this build cannot encrypt; use encryption=off on a trusted network, "
+            "or a VPN",
+            p->value);
+    return refuse(p->error, "encryption=%s: use off", p->value);
+}
+
+static int set_locality(struct options_parse *p)
+{
+    const char *slash = strchr(p->value, '/');
+    bool valid = p->value[0] != '\0' && strlen(p->value) <= MODEL_NODE_MAX &&
+                 (slash == NULL ||
+                  (slash != p->value && slash[1] != '\0' && strchr(slash + 1, '/') == NULL));
+    for (const char *at = p->value; *at != '\0'; at++)
+        valid = valid && *at > ' ' && *at < 0x7f;
+    if (!valid)
+        return refuse(p->error, "locality=%s: write ZONE or ZONE/RACK", p->value);
+    return text_set(&p->out->locality, p->value);
+}
+
+static int set_log_level(struct options_parse *p)
+{
+    if (log_level_parse(p->value, &p->out->log_level) != 0)
+        return refuse(p->error, "log_level=%s: use error, warn, info or debug", p->value);
+    return 0;
+}
+
+/* ---- options of libfuse and of mount(8) ---- */
+
+static int fuse_add(struct options *out, const char *option)
+{
+    char *joined = NULL;
+    if (asprintf(&joined, "%s%s%s", out->fuse == NULL ? "" : out->fuse,
+                 out->fuse == NULL ? "" : ",", option) < 0)
+        return -ENOMEM;
+    free(out->fuse);
+    out->fuse = joined;
+    return 0;
+}
+
+/* Passed on to libfuse as they are. */
+static const char *const passed_on[] = {
+    "allow_root", "auto_unmount", "max_read=",     "ro",    "rw",         "dev",
+    "nodev",      "suid",         "nosuid",        "exec",  "noexec",     "async",
+    "sync",       "dirsync",      "noatime",       "atime", "nodiratime", "relatime",
+    "norelatime", "strictatime",  "nostrictatime", "debug", NULL,
+};
+/* For mount(8), fstab(5) and systemd; or always so. */
+static const char *const ignored[] = {
+    "defaults", "auto",     "noauto",   "user",     "user=",      "nouser",   "users",
+    "nousers",  "owner",    "noowner",  "group",    "nogroup",    "_netdev",  "nofail",
+    "x-*",      "X-*",      "comment=", "lazytime", "nolazytime", "diratime", "default_permissions",
+    "fsname=",  "subtype=", NULL,
+};
+
+/* Patterns: "name", "name=" (anything behind), "name*" (any name that begins so). */
+static bool listed(const char *const *list, const char *option)
+{
+    for (; *list != NULL; list++) {
+        size_t length = strlen(*list);
+        char last = (*list)[length - 1];
+        if (last == '*'   ? strncmp(option, *list, length - 1) == 0
+            : last == '=' ? strncmp(option, *list, length) == 0
+                          : strcmp(option, *list) == 0)
+            return true;
+    }
+    return false;
+}
+
+/* ---- the table ---- */
+
+/* How many letters differ, for "did you mean": the edit distance, small words only. */
+static unsigned distance(const char *a, const char *b)
+{
+    unsigned row[64];
+    size_t length = strlen(b);
+    if (length >= util_count(row))
+        return UINT_MAX;
+    for (size_t j = 0; j <= length; j++)
+        row[j] = (unsigned)j;
+    for (size_t i = 1; a[i - 1] != '\0'; i++) {
+        unsigned diagonal = row[0];
+        row[0] = (unsigned)i;
+        for (size_t j = 1; j <= length; j++) {
+            unsigned best = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            if (row[j] + 1 < best)
+                best = row[j] + 1;
+            if (row[j - 1] + 1 < best)
+                best = row[j - 1] + 1;
+            row[j] = best;
+        }
+    }
+    return row[length];
+}
+
+static int refuse_unknown(char **error, const char *option)
+{
+    char name[64];
+    snprintf(name, sizeof(name), "%.*s", (int)strcspn(option, "="), option);
+    const char *nearest = NULL;
+    unsigned best = 3; /* two letters wrong is a slip, more is another word */
+    for (const struct options_entry *entry = options_table; entry->name != NULL; entry++) {
+        unsigned wrong = distance(name, entry->name);
+        if (wrong < best && entry->refused == NULL) {
+            best = wrong;
+            nearest = entry->name;
+        }
+    }
+    if (nearest != NULL)
+        return refuse(error, "%s: there is no such mount option; did you mean %s?", name, nearest);
+    return refuse(error, "%s: there is no such mount option; p2pfs help lists them", name);
+}
+
+static int apply(struct options_parse *p, const char *option)
+{
+    if (strcmp(option, "allow_other") == 0)
+        p->out->allow_other = true;
+    if (strcmp(option, "allow_other") == 0 || listed(passed_on, option))
+        return fuse_add(p->out, option);
+    if (listed(ignored, option))
+        return 0;
+    size_t length = strcspn(option, "=");
+    for (const struct options_entry *entry = options_table; entry->name != NULL; entry++) {
+        if (strlen(entry->name) != length || strncmp(option, entry->name, length) != 0)
+            continue;
+        if (entry->refused != NULL)
+            return refuse(p->error, "%s: %s", entry->name, entry->refused);
+        bool has_value = option[length] == '=';
+        if (entry->argument != NULL && (!has_value || option[length + 1] == '\0'))
+            return refuse(p->error, "%s: it needs a value; write %s=%s", entry->name, entry->name,
+                          entry->argument);
+        if (entry->argument == NULL && has_value)
+            return refuse(p->error, "%s: it takes no value; write %s alone", option, entry->name);
+        p->name = entry->name;
+        p->value = has_value ? option + length + 1 : NULL;
+        return entry->set(p);
+    }
+    return refuse_unknown(p->error, option);
+}
+
+/* Options between commas; "\," is a comma inside one, "\\" a backslash. */
+static int apply_all(struct options_parse *p, const char *text)
+{
+    util_autofree char *option = malloc(strlen(text) + 1);
+    if (option == NULL)
+        return -ENOMEM;
+    size_t length = 0;
+    int rc = 0;
+    for (const char *at = text; rc == 0; at++) {
+        if (*at == '\\' && (at[1] == ',' || at[1] == '\\')) {
+            option[length++] = *++at;
+        } else if (*at != ',' && *at != '\0') {
+            option[length++] = *at;
+        } else {
+            option[length] = '\0';
+            if (length > 0)
+                rc = apply(p, option);
+            length = 0;
+            if (*at == '\0')
+                break;
+        }
+    }
+    return rc;
+}
+
+/* ---- the command line ---- */
+
+static int set_meta(struct options *out, const char *url, char **error)
+{
+    const char *authority = strstr(url, "://");
+    if (authority == NULL)
+        return refuse(error, "%s: not a metadata URL; write local:///DIRECTORY", url);
+    authority += 3;
+    const char *end = authority + strcspn(authority, "/?#");
+    const char *at = memchr(authority, '@', (size_t)(end - authority));
+    const char *colon = at == NULL ? NULL : memchr(authority, ':', (size_t)(at - authority));
+    if (colon != NULL)
+        return refuse(
+            error,
+            "%.*s://...: a password in the URL would be shown by /proc/mounts; write it into a file "
+            "and use -o credentials=FILE",
+            (int)(authority - 3 - url), url);
+    if (meta_backend(url) == NULL)
+        return refuse(error,
+                      "%s: no metadata service of this build speaks %.*s; use local:///DIRECTORY",
+                      url, (int)(authority - url), url);
+    return text_set(&out->meta, url);
+}
+
+/* Mooncake's variables count where no option was given: they are applied first. */
+static int apply_environment(struct options_parse *p)
+{
+    static const struct {
+        const char *theirs;
+        enum log_level ours;
+    } levels[] = {{"TRACE", LOG_DEBUG},  {"DEBUG", LOG_DEBUG}, {"INFO", LOG_INFO},
+                  {"WARNING", LOG_WARN}, {"WARN", LOG_WARN},   {"ERROR", LOG_ERROR},
+                  {"FATAL", LOG_ERROR}};
+    const char *level = getenv("MC_LOG_LEVEL");
+    for (size_t i = 0; level != NULL && i < util_count(levels); i++)
+        if (strcasecmp(level, levels[i].theirs) == 0)
+            p->out->log_level = levels[i].ours;
+    const char *tcp = getenv("MC_FORCE_TCP");
+    return tcp != NULL && tcp[0] != '\0' && strcmp(tcp, "0") != 0
+               ? text_set(&p->out->transport, "tcp")
+               : 0;
+}
+
+static int apply_defaults(struct options *out)
+{
+    *out = (struct options){.cache_size = memory_limit() / 2,
+                            .fetch_whole = true,
+                            .read_timeout_s = OPTIONS_READ_TIMEOUT,
+                            .orphan_ttl_s = OPTIONS_ORPHAN_TTL,
+                            .digest = MODEL_XXH3,
+                            .log_level = LOG_INFO,
+                            .default_permissions = true};
+    int rc = text_set(&out->transport, "auto");
+    return rc == 0 ? text_set(&out->open, "auto") : rc;
+}
+
+/* libfuse's own escapes: a comma in a value must not end it. */
+static int fuse_add_source(struct options *out)
+{
+    util_autofree char *option = malloc(2 * strlen(out->meta) + 16);
+    if (option == NULL)
+        return -ENOMEM;
+    char *to = stpcpy(option, "fsname=");
+    for (const char *at = out->meta; *at != '\0'; at++) {
+        if (*at == ',' || *at == '\\')
+            *to++ = '\\';
+        *to++ = *at;
+    }
+    *to = '\0';
+    int rc = fuse_add(out, "subtype=p2pfs,default_permissions");
+    return rc == 0 ? fuse_add(out, option) : rc;
+}
+
+int options_parse(int argc, char *const *argv, struct options *out, char **error)
+{
+    *error = NULL;
+    struct options_parse p = {.out = out, .error = error};
+    int rc = apply_defaults(out);
+    if (rc == 0)
+        rc = apply_environment(&p);
+    for (int i = 1; rc == 0 && i < argc; i++) {
+        const char *word = argv[i];
+        if (strcmp(word, "-f") == 0) {
+            out->foreground = true;
+        } else if (strncmp(word, "-o", 2) == 0) {
+            const char *list = word[2] != '\0' ? word + 2 : i + 1 < argc ? argv[++i] : NULL;
+            rc = list == NULL ? refuse(error, "-o: it needs options; write -o NAME=VALUE,...")
+                              : apply_all(&p, list);
+        } else if (word[0] == '-' && word[1] != '\0') {
+            rc = refuse(error, "%s: there is no such switch; use p2pfs META DIR [-f] [-o OPTIONS]",
+                        word);
+        } else if (out->meta == NULL) {
+            rc = set_meta(out, word, error);
+        } else if (out->mountpoint == NULL) {
+            rc = text_set(&out->mountpoint, word);
+        } else {
+            rc = refuse(error, "%s: one directory too many; use p2pfs META DIR [-f] [-o OPTIONS]",
+                        word);
+        }
+    }
+    if (rc == 0 && out->mountpoint == NULL)
+        rc = refuse(error, "no directory to mount at; use p2pfs META DIR [-f] [-o OPTIONS]");
+    if (rc == 0)
+        rc = fuse_add_source(out);
+    if (rc != 0)
+        options_clear(out);
+    return rc;
+}
+
+void options_clear(struct options *options)
+{
+    free(options->meta);
+    free(options->mountpoint);
+    free(options->node);
+    free(options->listen);
+    free(options->advertise);
+    free(options->transport);
+    free(options->cache_dir);
+    free(options->open);
+    free(options->tcp_congestion);
+    free(options->credentials);
+    free(options->secret_file);
+    free(options->locality);
+    free(options->fuse);
+    *options = (struct options){0};
+}
+
+#define NO_RDMA   "this build cannot use RDMA; leave it out, TCP is used"
+#define NO_LIMITS "this build cannot limit rates; leave it out, or use tc(8)"
+#define NO_TLS    "this build cannot encrypt; leave it out, or use a VPN"
+
+const struct options_entry options_table[] = {
+    {.name = "node",
+     .argument = "NAME",
+     .summary = "this node's name, unique in the cluster (default: the host's name and the port)",
+     .set = set_node},
+    {.name = "listen",
+     .argument = "ADDR:PORT",
+     .summary = "where peers connect (default: loopback with local: metadata, else any address)",
+     .set = set_listen},
+    {.name = "advertise",
+     .argument = "ADDR[:PORT]",
+     .summary = "the address that peers are told (default: as listened on)",
+     .set = set_advertise},
+    {.name = "transport",
+     .argument = "auto|tcp",
+     .summary = "how bytes travel",
+     .set = set_transport},
+    {.name = "require_rdma", .summary = "refuse to work without RDMA", .refused = NO_RDMA},
+    {.name = "device", .argument = "NAME[,NAME]", .summary = "RDMA devices", .refused = NO_RDMA},
+    {.name = "gid_index", .argument = "N", .summary = "RDMA address index", .refused = NO_RDMA},
+    {.name = "nic_priority_matrix",
+     .argument = "FILE",
+     .summary = "which NIC for which memory",
+     .refused = NO_RDMA},
+    {.name = "shard_size",
+     .argument = "SIZE|auto",
+     .summary = "bytes of a shard (default: file size / 256, from 1M to 64M)",
+     .set = set_shard_size},
+    {.name = "cache_size",
+     .argument = "SIZE|N%",
+     .summary = "memory for replicas (default: half of the memory)",
+     .set = set_cache_size},
+    {.name = "cache_dir",
+     .argument = "DIR",
+     .summary = "keep replicas in files there instead of memory",
+     .set = set_cache_dir},
+    {.name = "fetch",
+     .argument = "whole|demand",
+     .summary = "pull the whole file at the first read (default), or only what is read",
+     .set = set_fetch},
+    {.name = "open",
+     .argument = "stream|auto",
+     .summary = "whether an open waits for the file (auto: it does not)",
+     .set = set_open},
+    {.name = "read_timeout",
+     .argument = "SECONDS",
+     .summary = "a read without any progress fails after this (default: 60)",
+     .set = set_read_timeout},
+    {.name = "orphan_ttl",
+     .argument = "SECONDS",
+     .summary = "a name that nobody holds goes after this (default: 3600; 0: never)",
+     .set = set_orphan_ttl},
+    {.name = "tcp_congestion",
+     .argument = "NAME",
+     .summary = "congestion control of connections to peers",
+     .set = set_tcp_congestion},
+    {.name = "max_download",
+     .argument = "BYTES",
+     .summary = "limit of what comes from peers a second",
+     .refused = NO_LIMITS},
+    {.name = "max_upload",
+     .argument = "BYTES",
+     .summary = "limit of what goes to peers a second",
+     .refused = NO_LIMITS},
+    {.name = "digest",
+     .argument = "xxh3|sha256",
+     .summary = "how new files are digested (default: xxh3)",
+     .set = set_digest},
+    {.name = "allow_overwrite",
+     .summary = "a registered name may be replaced by a new version",
+     .set = set_allow_overwrite},
+    {.name = "credentials",
+     .argument = "FILE",
+     .summary = "user and password for the metadata service",
+     .set = set_credentials},
+    {.name = "secret_file",
+     .argument = "FILE",
+     .summary = "the cluster's secret; only nodes that have it are served and believed",
+     .set = set_secret_file},
+    {.name = "tls_cert",
+     .argument = "FILE",
+     .summary = "certificate of this node",
+     .refused = NO_TLS},
+    {.name = "tls_key", .argument = "FILE", .summary = "its key", .refused = NO_TLS},
+    {.name = "tls_ca", .argument = "FILE", .summary = "who signs certificates", .refused = NO_TLS},
+    {.name = "encryption",
+     .argument = "off",
+     .summary = "of connections to peers",
+     .set = set_encryption},
+    {.name = "locality",
+     .argument = "ZONE[/RACK]",
+     .summary = "where this node stands",
+     .set = set_locality},
+    {.name = "metrics",
+     .argument = "ADDR:PORT",
+     .summary = "serve metrics over HTTP",
+     .refused = "this build serves no HTTP; read .p2pfs/metrics in the mount"},
+    {.name = "log_level",
+     .argument = "LEVEL",
+     .summary = "error, warn, info (default) or debug",
+     .set = set_log_level},
+    {.name = NULL},
+};

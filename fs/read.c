@@ -1,0 +1,370 @@
+#include "fs/read.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <utlist.h>
+
+#include "fs/closer.h"
+#include "fs/fresh.h"
+#include "fs/reply.h"
+#include "fs/report.h"
+#include "fs/write.h"
+#include "meta/base/util.h"
+
+/* What is open, and which reads wait. */
+struct parking {
+    struct house *house;
+    pthread_mutex_t lock;
+    pthread_cond_t empty;
+    struct handle *handles;
+    struct parked *reads;
+    pthread_key_t scratch; /* a buffer for each thread that answers reads */
+};
+
+/* A read that may have to wait. It is answered once, by whoever takes it out of its phase:
+ *
+ *   STARTING -> (engine: ready) EARLY -> answered by the handler, which has not come round yet
+ *   STARTING -> PARKED -> answered by `ready`, or by an interrupt that takes the waiter back
+ *
+ * Guarded by lock but for what is constant. The interrupt function runs with the request's lock
+ * in libfuse held, so that lock comes before this one. */
+struct parked {
+    struct engine_waiter waiter;
+    struct house *house;   /* constant */
+    struct handle *handle; /* constant */
+    fuse_req_t req;        /* constant */
+    uint64_t offset;       /* constant */
+    size_t length;         /* constant */
+    pthread_mutex_t lock;
+    enum { PARKED_STARTING, PARKED_EARLY, PARKED_WAITING, PARKED_TAKEN } phase;
+    bool interrupted;
+    int status;
+    struct parked *prev, *next; /* of the parking, under its lock */
+};
+
+int parking_open(struct house *house, struct parking **out)
+{
+    struct parking *parking = calloc(1, sizeof(*parking));
+    if (parking == NULL)
+        return -ENOMEM;
+    int rc = -pthread_key_create(&parking->scratch, free);
+    if (rc != 0) {
+        free(parking);
+        return rc;
+    }
+    parking->house = house;
+    pthread_mutex_init(&parking->lock, NULL);
+    pthread_cond_init(&parking->empty, NULL);
+    *out = parking;
+    return 0;
+}
+
+void parking_close(struct parking *parking)
+{
+    if (parking == NULL)
+        return;
+    while (parking->handles != NULL)
+        read_handle_free(parking->house, parking->handles);
+    pthread_key_delete(parking->scratch);
+    pthread_cond_destroy(&parking->empty);
+    pthread_mutex_destroy(&parking->lock);
+    free(parking);
+}
+
+/* ---- opening ---- */
+
+int read_handle_new(struct house *house, struct inode *inode, const struct fuse_ctx *caller,
+                    int flags, struct handle **out)
+{
+    struct handle *handle = calloc(1, sizeof(*handle));
+    if (handle == NULL)
+        return -ENOMEM;
+    int mode = flags & O_ACCMODE;
+    int rc;
+    *handle = (struct handle){.inode = inode,
+                              .draft = fresh_is(house, inode),
+                              .writes = mode != O_RDONLY || (flags & O_CREAT) != 0,
+                              .mappable = mode == O_RDWR};
+    if (handle->draft)
+        rc = fresh_open(house, inode, handle->writes, &handle->replica);
+    else
+        rc = engine_replica_open(house->engine, &inode->key.version, &handle->replica);
+    if (rc != 0) {
+        free(handle);
+        /* The version has lost its name since the lookup: the kernel shall look again. */
+        return rc == -ENOENT ? -ESTALE : rc;
+    }
+    if (handle->writes)
+        handle->opener = closer_process(caller->pid);
+    inode_hold(house->inodes, inode);
+    pthread_mutex_lock(&house->parking->lock);
+    DL_APPEND(house->parking->handles, handle);
+    pthread_mutex_unlock(&house->parking->lock);
+    *out = handle;
+    return 0;
+}
+
+void read_handle_free(struct house *house, struct handle *handle)
+{
+    pthread_mutex_lock(&house->parking->lock);
+    DL_DELETE(house->parking->handles, handle);
+    pthread_mutex_unlock(&house->parking->lock);
+    if (handle->draft)
+        fresh_close(house, handle->inode, handle->writes);
+    else
+        engine_replica_close(house->engine, handle->replica);
+    inode_release(house->inodes, handle->inode);
+    free(handle);
+}
+
+/* EPERM, unless the open truncates and may replace: then a draft takes over the name, and the
+ * kernel, told that what it has is stale, looks the name up again and finds the draft under a
+ * nodeid of its own. */
+static int open_to_write(struct house *house, struct inode *inode, int flags)
+{
+    if (!house->options.allow_overwrite || (flags & O_TRUNC) == 0 ||
+        (flags & O_ACCMODE) == O_RDONLY)
+        return -EPERM;
+    struct model_entry entry;
+    if (catalog_entry(house->catalog, inode->key.id, &entry) != 0)
+        return -ESTALE;
+    struct inode *draft = NULL;
+    int rc = fresh_create(house, entry.parent, entry.name, &entry.attr, &draft);
+    if (rc == 0)
+        inode_forget(house->inodes, draft, 1); /* its name keeps it */
+    model_entry_clear(&entry);
+    return rc == 0 || rc == -EEXIST ? -ESTALE : rc;
+}
+
+void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
+{
+    struct house *house = reply_house(req);
+    struct inode *inode = inode_by_nodeid(house->inodes, nodeid);
+    struct handle *handle = NULL;
+    if (inode->kind == INODE_REPORT) {
+        report_open(req, inode, fi);
+        return;
+    }
+    bool writes = (fi->flags & O_ACCMODE) != O_RDONLY || (fi->flags & O_TRUNC) != 0;
+    int rc;
+    if (inode->kind != INODE_FILE)
+        rc = -ESTALE;
+    else if (writes && !fresh_is(house, inode))
+        rc = open_to_write(house, inode, fi->flags);
+    else
+        rc = read_handle_new(house, inode, fuse_req_ctx(req), fi->flags & ~O_CREAT, &handle);
+    if (rc == 0 && (fi->flags & O_TRUNC) != 0) {
+        rc = fresh_truncate(house, inode, 0);
+        if (rc != 0)
+            read_handle_free(house, handle);
+    }
+    if (rc != 0) {
+        reply_status(req, rc);
+        return;
+    }
+    fi->fh = (uintptr_t)handle;
+    fi->keep_cache =
+        1; /* a version's bytes never change, and a draft's change through the kernel only */
+    fi->noflush = !handle->writes;
+    if (fuse_reply_open(req, fi) != 0)
+        read_handle_free(house, handle);
+}
+
+void read_release(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
+{
+    struct house *house = reply_house(req);
+    struct inode *inode = inode_by_nodeid(house->inodes, nodeid);
+    if (inode->kind == INODE_REPORT)
+        report_release(house, fi);
+    else
+        read_handle_free(house, (struct handle *)(uintptr_t)fi->fh);
+    reply_status(req, 0);
+}
+
+/* ---- reading ---- */
+
+/* Room for one read on this thread, for files that are read where they lie. */
+static void *scratch(struct parking *parking, size_t length)
+{
+    struct {
+        size_t size;
+        char bytes[];
+    } *buffer = pthread_getspecific(parking->scratch);
+    if (buffer == NULL || buffer->size < length) {
+        free(buffer);
+        size_t size = length < INODE_BLOCK ? INODE_BLOCK : length;
+        buffer = malloc(sizeof(*buffer) + size);
+        pthread_setspecific(parking->scratch, buffer);
+        if (buffer == NULL)
+            return NULL;
+        buffer->size = size;
+    }
+    return buffer->bytes;
+}
+
+/* The bytes are here. */
+static void answer(struct house *house, fuse_req_t req, struct replica *replica, uint64_t offset,
+                   size_t length)
+{
+    void *room = scratch(house->parking, length);
+    const void *bytes = NULL;
+    int rc =
+        room == NULL ? -ENOMEM : engine_bytes(house->engine, replica, offset, length, room, &bytes);
+    if (rc != 0)
+        reply_status(req, rc);
+    else
+        fuse_reply_buf(req, bytes, length);
+}
+
+static void parked_free(struct parked *parked)
+{
+    struct parking *parking = parked->house->parking;
+    pthread_mutex_lock(&parking->lock);
+    DL_DELETE(parking->reads, parked);
+    if (parking->reads == NULL)
+        pthread_cond_broadcast(&parking->empty);
+    pthread_mutex_unlock(&parking->lock);
+    pthread_mutex_destroy(&parked->lock);
+    free(parked);
+}
+
+/* Taken by the caller, which nobody else answers for any more. */
+static void parked_answer(struct parked *parked, int status)
+{
+    if (status != 0)
+        reply_status(parked->req, status);
+    else
+        answer(parked->house, parked->req, parked->handle->replica, parked->offset, parked->length);
+    parked_free(parked);
+}
+
+static void parked_ready(struct engine_waiter *waiter, int status)
+{
+    struct parked *parked = util_container(waiter, struct parked, waiter);
+    pthread_mutex_lock(&parked->lock);
+    bool early = parked->phase == PARKED_STARTING;
+    parked->phase = early ? PARKED_EARLY : PARKED_TAKEN;
+    parked->status = status;
+    pthread_mutex_unlock(&parked->lock);
+    if (early)
+        return;
+    fuse_req_interrupt_func(parked->req, NULL, NULL); /* returns when no interrupt is under way */
+    parked_answer(parked, status);
+}
+
+/* True: the waiter was taken back, and the caller answers. Called with parked->lock. */
+static bool parked_take_back(struct parked *parked)
+{
+    if (parked->phase != PARKED_WAITING ||
+        !engine_read_cancel(parked->house->engine, &parked->waiter))
+        return false;
+    parked->phase = PARKED_TAKEN;
+    return true;
+}
+
+static void parked_interrupt(fuse_req_t req, void *arg)
+{
+    struct parked *parked = arg;
+    (void)req;
+    pthread_mutex_lock(&parked->lock);
+    parked->interrupted = true;
+    bool taken = parked_take_back(parked);
+    pthread_mutex_unlock(&parked->lock);
+    if (taken)
+        parked_answer(parked, -EINTR);
+}
+
+/* The engine has the waiter: lets interrupts reach it, and answers what was ready before that. */
+static void parked_wait(struct parked *parked)
+{
+    fuse_req_interrupt_func(parked->req, parked_interrupt, parked);
+    pthread_mutex_lock(&parked->lock);
+    if (parked->phase == PARKED_EARLY) {
+        pthread_mutex_unlock(&parked->lock);
+        fuse_req_interrupt_func(parked->req, NULL, NULL);
+        parked_answer(parked, parked->status);
+        return;
+    }
+    parked->phase = PARKED_WAITING;
+    bool taken = parked->interrupted && parked_take_back(parked);
+    fuse_req_t req = parked->req;
+    pthread_mutex_unlock(&parked->lock);
+    if (taken) {
+        fuse_req_interrupt_func(req, NULL, NULL);
+        parked_answer(parked, -EINTR);
+    }
+}
+
+static void read_start(fuse_req_t req, struct house *house, struct handle *handle, uint64_t offset,
+                       size_t length)
+{
+    struct parked *parked = calloc(1, sizeof(*parked));
+    if (parked == NULL) {
+        reply_status(req, -ENOMEM);
+        return;
+    }
+    *parked = (struct parked){.waiter.ready = parked_ready,
+                              .house = house,
+                              .handle = handle,
+                              .req = req,
+                              .offset = offset,
+                              .length = length};
+    pthread_mutex_init(&parked->lock, NULL);
+    pthread_mutex_lock(&house->parking->lock);
+    DL_APPEND(house->parking->reads, parked);
+    pthread_mutex_unlock(&house->parking->lock);
+
+    int rc = engine_read(house->engine, handle->replica, offset, length, &parked->waiter);
+    if (rc == -EINPROGRESS)
+        parked_wait(parked);
+    else
+        parked_answer(parked, rc);
+}
+
+void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
+               struct fuse_file_info *fi)
+{
+    struct house *house = reply_house(req);
+    if (inode_by_nodeid(house->inodes, nodeid)->kind == INODE_REPORT) {
+        report_read(req, size, offset, fi);
+        return;
+    }
+    struct handle *handle = (struct handle *)(uintptr_t)fi->fh;
+    uint64_t whole = replica_size(handle->replica);
+    if ((uint64_t)offset >= whole) {
+        fuse_reply_buf(req, NULL, 0);
+        return;
+    }
+    size_t length = size < whole - (uint64_t)offset ? size : whole - (uint64_t)offset;
+    if (handle->draft)
+        answer(house, req, handle->replica, offset, length);
+    else
+        read_start(req, house, handle, offset, length);
+}
+
+void parking_clear(struct parking *parking)
+{
+    if (parking == NULL)
+        return;
+    pthread_mutex_lock(&parking->lock);
+    struct parked *parked = parking->reads;
+    while (parked != NULL) {
+        pthread_mutex_lock(&parked->lock);
+        bool taken = parked_take_back(parked);
+        pthread_mutex_unlock(&parked->lock);
+        if (taken) {
+            pthread_mutex_unlock(&parking->lock);
+            fuse_req_interrupt_func(parked->req, NULL, NULL);
+            parked_answer(parked, -EIO);
+            pthread_mutex_lock(&parking->lock);
+            parked = parking->reads; /* the list has changed meanwhile */
+        } else {
+            parked = parked->next; /* it is being answered */
+        }
+    }
+    while (parking->reads != NULL)
+        pthread_cond_wait(&parking->empty, &parking->lock);
+    pthread_mutex_unlock(&parking->lock);
+}

@@ -1,0 +1,43 @@
+/* Read: opening files and reading them. A read whose bytes are not here yet parks its request
+ * until they are; no worker waits. */
+#ifndef P2PFS_FS_READ_H
+#define P2PFS_FS_READ_H
+
+#include <fuse_lowlevel.h>
+
+#include "fs/house.h"
+#include "fs/inode.h"
+
+struct parking;
+struct report;
+
+/* An open file, behind fuse_file_info.fh. Constant from open to release. */
+struct handle {
+    struct inode *inode; /* held */
+    bool draft;    /* opened while it was one: the draft owns the replica, else the handle does */
+    bool writes;   /* counts as a writer of its draft */
+    bool mappable; /* opened for reading and writing: a shared mapping may write */
+    pid_t opener;  /* process */
+    struct replica *replica;
+    struct report *report; /* files of .p2pfs */
+    struct handle *prev, *next;
+};
+
+int parking_open(struct house *house, struct parking **parking);
+/* The mount ends: answers every parked read with an error, and waits until none is left. */
+void parking_clear(struct parking *parking);
+/* Closes what is still open. The session is not served any more. */
+void parking_close(struct parking *parking); /* NULL is harmless */
+
+/* A handle on a draft, or on a registered file's replica. Answers with 0 and *out, or negative
+ * errno. */
+int read_handle_new(struct house *house, struct inode *inode, const struct fuse_ctx *caller,
+                    int flags, struct handle **out);
+void read_handle_free(struct house *house, struct handle *handle);
+
+void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi);
+void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
+               struct fuse_file_info *fi);
+void read_release(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi);
+
+#endif
