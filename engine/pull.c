@@ -128,9 +128,6 @@ static void room_run(struct work_job *job)
         status = -ENOSPC; /* somebody was quicker */
     }
     replica->room_wanted = false;
-    if (status < 0) {
-        replica->whole = false;
-    }
     pthread_mutex_unlock(&replica->lock);
     if (status < 0) {
         replica_fail(
@@ -329,7 +326,6 @@ static void home_tick(struct pull *pull, uint64_t now)
                  replica->holder_count, engine->config.read_timeout_ms / 1000);
     }
     if (reason[0]) { /* the next reader starts afresh, with a look of its own */
-        replica->whole = false;
         replica->pulling = false;
     }
     bool ended = ran && !replica->pulling;

@@ -242,7 +242,8 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status)
 void replica_fail(struct replica *replica, int error, const char *reason)
 {
     pthread_mutex_lock(&replica->lock);
-    bool waited = replica->waiters != NULL;
+    bool wanted = replica->waiters || replica->whole;
+    replica->whole = false;
     struct engine_waiter *failed = waiters_detach(replica, true);
     replica->error = error;
     snprintf(replica->reason, sizeof replica->reason, "%s", reason);
@@ -251,7 +252,7 @@ void replica_fail(struct replica *replica, int error, const char *reason)
     for (struct engine_waiter *w = failed; w; w = w->next) {
         atomic_fetch_add(&replica->engine->counters.reads_failed, 1);
     }
-    if (waited || replica->whole) {
+    if (wanted) {
         char id[MODEL_ID_TEXT];
         model_id_print(&replica->version.id, id);
         log_error("version %s: %s: %s", id, strerror(-error), reason);

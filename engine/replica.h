@@ -101,7 +101,8 @@ bool replica_range_present(const struct replica *replica, uint32_t first, uint32
 /* A filled (or failed) shard leaves FILLING here and nowhere else: publishes the state, detaches the readers that have
  * all they waited for, unlocks, answers them, tells peers. status 0: verified. Takes and releases the lock. */
 void replica_shard_settle(struct replica *replica, uint32_t shard, int status);
-/* Detaches every waiter and answers it with the error; remembers and logs the reason once. Takes the lock. */
+/* Detaches every waiter and answers it with the error; the whole file is no longer wanted. Remembers the reason, and
+ * logs it once when anybody wanted something. Takes the lock. */
 void replica_fail(struct replica *replica, int error, const char *reason);
 /* Answers waiters on a work thread: `list` is a detached chain by next. */
 void replica_answer(struct engine *engine, struct engine_waiter *list, int status);
