@@ -2,7 +2,7 @@
  *
  * io_uring where the kernel lets this process have it, epoll otherwise (containers often forbid io_uring); callers
  * see no difference. Only loop.c knows either. Everything runs on the thread that is in loop_run, but for loop_post
- * and loop_stop, which any thread may call. Callbacks may set, clear and free their own watch or timer. */
+ * and loop_stop, which any thread may call. Watches and timers are zeroed before they are first set. Callbacks may set, clear and free their own watch or timer. */
 #ifndef P2PFS_ENGINE_LOOP_H
 #define P2PFS_ENGINE_LOOP_H
 
@@ -36,7 +36,8 @@ struct loop_task {
 int loop_open(struct loop **loop); /* 0, -ENOMEM, -EMFILE */
 void loop_close(
     struct loop *loop); /* after loop_run has returned; runs no more tasks; NULL is harmless */
-/* Runs until loop_stop; tasks that were posted before loop_stop still run. */
+/* Runs until loop_stop; tasks that were posted before loop_stop still run. May run again, on the same thread. Blocks
+ * SIGPIPE for the thread: sendfile(2) has no other way to keep a closed socket from ending the process. */
 void loop_run(struct loop *loop);
 void loop_stop(struct loop *loop);
 void loop_post(struct loop *loop, struct loop_task *task);

@@ -90,17 +90,23 @@ struct transport_ops {
     int (*listen)(struct transport *transport, const char *address,
                   char bound[TRANSPORT_NAME_MAX + 1]);
     /* Gives an accepted connection to the loop of another instance of the same kind (round robin over lanes): from
-     * then on accepted events come there. `next` gives the instance; called on the accepting thread. */
+     * then on accepted events come there. `next` gives the instance; called on the accepting thread. Close the
+     * accepting instance before those it gives to. */
     void (*share)(struct transport *transport, struct transport *(*next)(void *arg), void *arg);
-    /* `connected` or `down` follows, within timeout_ms. */
+    /* `connected` or `down` follows, within timeout_ms. A host's name is looked up on a thread of its own. -EINVAL:
+     * malformed. */
     int (*connect)(struct transport *transport, const char *address, uint32_t timeout_ms,
                    void *user, struct link **link);
 
     int (*send)(struct link *link, const void *message, size_t length); /* copied; order is kept */
-    /* Grants reading of the region under id until unexpose. TCP: the bytes begin to follow what was sent before. */
+    /* Grants reading of the region under id until unexpose; borrows its fd and map until then. Not one-sided: the bytes
+     * follow from the next turn on, after every message that was queued before; so the message with the descriptor is
+     * sent right after this call, or, when that gives -EAGAIN, inside `writable` at the latest. -EEXIST: id is taken. */
     int (*expose)(struct link *link, uint32_t id, const struct transport_region *region,
                   bool urgent, struct transport_descriptor *descriptor);
-    /* After return the other side cannot read the region any more; a fetch of it that is not finished fails there. */
+    /* After return the other side cannot read the region any more; a fetch of it that is not finished fails there with
+     * -EIO. TCP: pages that were already handed to the kernel are sent as they are then, so memory that is overwritten
+     * in place after an unfinished upload may arrive changed, which the digest tells; freeing it is safe. */
     void (*unexpose)(struct link *link, uint32_t id);
     int (*fetch)(struct link *link, const struct transport_descriptor *descriptor,
                  struct transport_fetch *fetch);

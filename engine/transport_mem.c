@@ -9,27 +9,22 @@
 #include <unistd.h>
 #include <utlist.h>
 
-#include "engine/mailbox.h"
+#include "engine/mem_link.h"
 #include "engine/transport.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
 /* Two ends of a link know each other by number and mailbox only; all that passes between them is letters, so that ends
  * on different threads share nothing. A fetch asks for one piece after another; each piece is copied into a letter on
- * the holder's thread and out of it on the puller's.
- *
- * States of a link: CONNECTING -> OPEN -> BROKEN -> dead, as with TCP. */
+ * the holder's thread and out of it on the puller's. */
 #define PIECE_BYTES (256u << 10)
-#define QUEUE_BYTES (4u << 20)
-#define NEVER_NS    (3600ull * 1000000000)
 
-enum state { CONNECTING, OPEN, BROKEN };
 enum kind { CONNECT, CONNECTED, MESSAGE, CREDIT, ASK, PIECE, FAILED, CLOSED };
 enum fate { FATE_NONE, FATE_SHORT, FATE_FLIP, FATE_STALL };
 
-struct letter {
+struct mem_letter {
     struct mailbox_item item;
-    struct letter *next; /* among the delayed */
+    struct mem_letter *next; /* among the delayed */
     uint64_t due_ns;
     enum kind kind;
     uint64_t to;
@@ -41,39 +36,6 @@ struct letter {
     uint8_t bytes[];
 };
 
-struct exposure {
-    uint32_t id;
-    bool sent;
-    struct transport_region region;
-    struct exposure *next;
-};
-
-struct mem_transport {
-    struct transport base;
-    struct mailbox *mailbox;
-    struct loop_timer turn; /* always set, so that moving it cannot fail */
-    struct loop_timer wait; /* always set: for the first of the delayed */
-    struct letter *delayed, **delayed_last;
-    struct mem_link *links, *marked, *dead;
-    struct transport *(*share_next)(void *arg);
-    void *share_arg;
-};
-
-struct mem_link {
-    struct link base;
-    struct mem_link *prev, *next, *marked_next, *dead_next;
-    enum state state;
-    bool marked, dead, told, full;
-    uint64_t number, far_number;
-    struct mailbox *far; /* a reference; NULL until connected */
-    struct loop_timer patience;
-    size_t queued; /* bytes of messages that the other side has not taken yet */
-    struct exposure *exposures;
-    struct transport_fetch *fetches;
-    int error;
-    const char *reason;
-};
-
 struct listener {
     struct listener *next;
     struct mailbox *mailbox; /* a reference */
@@ -83,178 +45,15 @@ struct listener {
 
 static pthread_mutex_t listeners_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct listener *listeners; /* guarded by listeners_lock */
-static atomic_uint_fast64_t last_number;
 static atomic_uint last_port;
-
-// -- Faults ---------------------------------------------------------------------------------------
-
-static struct {
-    atomic_uint delay_ms;
-    struct fault {
-        atomic_uint each;
-        atomic_uint count;
-    } lose, cut, flip, refuse, full, stall;
-} faults;
-
-static void fault_set(struct fault *fault, uint32_t each)
-{
-    atomic_store(&fault->each, each);
-    atomic_store(&fault->count, 0);
-}
-
-void transport_mem_faults_set(const struct transport_mem_faults *f)
-{
-    static const struct transport_mem_faults none;
-    if (!f)
-        f = &none;
-    atomic_store(&faults.delay_ms, f->delay_ms);
-    fault_set(&faults.lose, f->lose_message_each);
-    fault_set(&faults.cut, f->short_fetch_each);
-    fault_set(&faults.flip, f->flip_fetch_each);
-    fault_set(&faults.refuse, f->refuse_submit_each);
-    fault_set(&faults.full, f->full_queue_each);
-    fault_set(&faults.stall, f->stall_fetch_each);
-}
-
-static bool fault_now(struct fault *fault)
-{
-    unsigned each = atomic_load(&fault->each);
-    return each > 0 && (atomic_fetch_add(&fault->count, 1) + 1) % each == 0;
-}
-
-// -- Links ----------------------------------------------------------------------------------------
-
-static struct mem_link *link_of(struct link *link)
-{
-    return (struct mem_link *)link;
-}
-
-static struct mem_transport *transport_of(struct transport *transport)
-{
-    return (struct mem_transport *)transport;
-}
-
-static void link_mark(struct mem_link *link)
-{
-    if (link->marked || link->dead)
-        return;
-    struct mem_transport *t = transport_of(link->base.transport);
-    link->marked = true;
-    link->marked_next = t->marked;
-    t->marked = link;
-    loop_timer_set(t->base.loop, &t->turn, 0);
-}
-
-static void link_break(struct mem_link *link, int error, const char *reason)
-{
-    if (link->state == BROKEN || link->dead)
-        return;
-    link->state = BROKEN;
-    link->error = error;
-    link->reason = reason;
-    loop_timer_clear(link->base.transport->loop, &link->patience);
-    link_mark(link);
-}
-
-static void mem_cancel(struct link *base, struct transport_fetch *fetch)
-{
-    LL_DELETE(link_of(base)->fetches, fetch);
-    fetch->link = NULL;
-}
-
-static void link_tell(struct mem_link *link)
-{
-    const struct transport_events *events = link->base.transport->events;
-    struct transport_fetch *fetch;
-    while (!link->dead && (fetch = link->fetches)) {
-        mem_cancel(&link->base, fetch);
-        events->fetch_done(&link->base, fetch, link->error);
-    }
-    if (link->dead || link->told)
-        return;
-    link->told = true;
-    events->down(&link->base, link->error, link->reason);
-}
-
-static void link_impatient(struct loop_timer *timer)
-{
-    link_break(util_container(timer, struct mem_link, patience), -ETIMEDOUT, "no answer in time");
-}
-
-static struct mem_link *link_new(struct mem_transport *t)
-{
-    struct mem_link *link = calloc(1, sizeof(*link));
-    if (!link)
-        return NULL;
-    link->base.transport = &t->base;
-    link->number = atomic_fetch_add(&last_number, 1) + 1;
-    link->patience.due = link_impatient;
-    DL_APPEND(t->links, link);
-    return link;
-}
-
-static void link_free(struct mem_link *link)
-{
-    while (link->exposures) {
-        struct exposure *e = link->exposures;
-        LL_DELETE(link->exposures, e);
-        free(e);
-    }
-    mailbox_unref(link->far);
-    free(link);
-}
-
-/* A dead link that was marked is still in that list: it goes one turn later. */
-static void links_reap(struct mem_transport *t)
-{
-    struct mem_link *link = t->dead;
-    t->dead = NULL;
-    while (link) {
-        struct mem_link *after = link->dead_next;
-        if (link->marked) {
-            link->dead_next = t->dead;
-            t->dead = link;
-        } else {
-            link_free(link);
-        }
-        link = after;
-    }
-}
-
-static void writable_tell(struct mem_link *link)
-{
-    if (link->state != OPEN || !link->full || link->queued > QUEUE_BYTES / 2)
-        return;
-    link->full = false;
-    link->base.transport->events->writable(&link->base);
-}
-
-static void mem_turn(struct loop_timer *timer)
-{
-    struct mem_transport *t = util_container(timer, struct mem_transport, turn);
-    loop_timer_set(t->base.loop, timer, NEVER_NS); // first, while its place is sure to be there
-    struct mem_link *marked = t->marked;
-    t->marked = NULL;
-    for (struct mem_link *link = marked, *after; link; link = after) {
-        after = link->marked_next;
-        link->marked = false;
-        if (link->dead)
-            continue;
-        if (link->state == BROKEN)
-            link_tell(link);
-        else
-            writable_tell(link);
-    }
-    links_reap(t);
-}
 
 // -- Letters --------------------------------------------------------------------------------------
 
 static void letter_run(struct mailbox_item *item, void *arg);
 
-static struct letter *letter_new(enum kind kind, size_t bytes)
+static struct mem_letter *letter_new(enum kind kind, size_t bytes)
 {
-    struct letter *letter = calloc(1, sizeof(*letter) + bytes);
+    struct mem_letter *letter = calloc(1, sizeof(*letter) + bytes);
     if (!letter)
         return NULL;
     letter->item.run = letter_run;
@@ -263,15 +62,15 @@ static struct letter *letter_new(enum kind kind, size_t bytes)
     return letter;
 }
 
-static void letter_free(struct letter *letter)
+static void letter_free(struct mem_letter *letter)
 {
     mailbox_unref(letter->from_box);
     free(letter);
 }
 
-static void letter_post(struct mem_link *link, struct letter *letter)
+static void letter_post(struct mem_link *link, struct mem_letter *letter)
 {
-    uint64_t delay = atomic_load(&faults.delay_ms);
+    uint64_t delay = mem_fault_delay_ms();
     if (delay > 0 && (letter->kind == MESSAGE || letter->kind == PIECE))
         letter->due_ns = util_now_ns() + delay * 1000000;
     letter->to = link->far_number;
@@ -283,9 +82,9 @@ static void letter_post(struct mem_link *link, struct letter *letter)
 static void note_post(struct mem_link *link, enum kind kind, uint32_t id, size_t offset,
                       size_t length)
 {
-    struct letter *letter = letter_new(kind, 0);
+    struct mem_letter *letter = letter_new(kind, 0);
     if (!letter) {
-        link_break(link, -ENOMEM, "out of memory");
+        mem_link_break(link, -ENOMEM, "out of memory");
         return;
     }
     letter->id = id;
@@ -294,19 +93,19 @@ static void note_post(struct mem_link *link, enum kind kind, uint32_t id, size_t
     letter_post(link, letter);
 }
 
-static void connect_opened(struct mem_transport *t, struct letter *letter)
+static void connect_opened(struct mem_transport *t, struct mem_letter *letter)
 {
-    struct mem_link *link = link_new(t);
-    struct letter *answer = link ? letter_new(CONNECTED, 0) : NULL;
+    struct mem_link *link = mem_link_new(t);
+    struct mem_letter *answer = link ? letter_new(CONNECTED, 0) : NULL;
     if (!answer) {
         log_warn("a connection was refused: out of memory"); // its end waits until it is impatient
         if (link) {
             DL_DELETE(t->links, link);
-            link_free(link);
+            mem_link_free(link);
         }
         return;
     }
-    link->state = OPEN;
+    link->state = MEM_OPEN;
     link->far = mailbox_ref(letter->from_box);
     link->far_number = letter->from;
     snprintf(link->base.peer, sizeof(link->base.peer), "mem:%llu",
@@ -326,7 +125,7 @@ static size_t piece_length(const struct transport_fetch *fetch)
 
 static void fetch_end(struct mem_link *link, struct transport_fetch *fetch, int status)
 {
-    mem_cancel(&link->base, fetch);
+    mem_link_cancel(&link->base, fetch);
     link->base.transport->events->fetch_done(&link->base, fetch, status);
 }
 
@@ -341,7 +140,7 @@ static void fetch_next(struct mem_link *link, struct transport_fetch *fetch)
         fetch_end(link, fetch, fate == FATE_SHORT ? -EIO : 0);
 }
 
-static void piece_opened(struct mem_link *link, const struct letter *letter)
+static void piece_opened(struct mem_link *link, const struct mem_letter *letter)
 {
     struct transport_fetch *fetch;
     LL_SEARCH_SCALAR(link->fetches, fetch, id, letter->id);
@@ -358,7 +157,7 @@ static void piece_opened(struct mem_link *link, const struct letter *letter)
     uint32_t id = fetch->id;
     if (letter->length > 0)
         link->base.transport->events->fetch_landed(&link->base, fetch);
-    if (link->dead || link->state != OPEN)
+    if (link->dead || link->state != MEM_OPEN)
         return;
     LL_SEARCH_SCALAR(link->fetches, fetch, id, id); // the event may have cancelled it
     if (fetch)
@@ -387,11 +186,12 @@ static int region_read(const struct transport_region *region, size_t offset, siz
     return 0;
 }
 
-static void ask_opened(struct mem_link *link, const struct letter *ask)
+static void ask_opened(struct mem_link *link, const struct mem_letter *ask)
 {
-    struct exposure *e;
+    struct mem_exposure *e;
     LL_SEARCH_SCALAR(link->exposures, e, id, ask->id);
-    struct letter *piece = e && ask->length <= PIECE_BYTES ? letter_new(PIECE, ask->length) : NULL;
+    struct mem_letter *piece =
+        e && ask->length <= PIECE_BYTES ? letter_new(PIECE, ask->length) : NULL;
     int r = piece ? region_read(&e->region, ask->offset, ask->length, piece->bytes) : -ENOENT;
     if (r < 0) {
         if (piece)
@@ -410,7 +210,7 @@ static void ask_opened(struct mem_link *link, const struct letter *ask)
     }
 }
 
-static void letter_open(struct mem_transport *t, struct letter *letter)
+static void letter_open(struct mem_transport *t, struct mem_letter *letter)
 {
     if (letter->kind == CONNECT) {
         connect_opened(t, letter);
@@ -418,7 +218,7 @@ static void letter_open(struct mem_transport *t, struct letter *letter)
     }
     struct mem_link *link;
     DL_SEARCH_SCALAR(t->links, link, number, letter->to);
-    if (!link || link->state == BROKEN)
+    if (!link || link->state == MEM_BROKEN)
         return;
     const struct transport_events *events = t->base.events;
     struct transport_fetch *fetch;
@@ -426,7 +226,7 @@ static void letter_open(struct mem_transport *t, struct letter *letter)
     case CONNECTED:
         link->far = mailbox_ref(letter->from_box);
         link->far_number = letter->from;
-        link->state = OPEN;
+        link->state = MEM_OPEN;
         loop_timer_clear(t->base.loop, &link->patience);
         events->connected(&link->base);
         break;
@@ -436,7 +236,7 @@ static void letter_open(struct mem_transport *t, struct letter *letter)
         break;
     case CREDIT:
         link->queued -= letter->length;
-        writable_tell(link);
+        mem_link_writable(link);
         break;
     case ASK:
         ask_opened(link, letter);
@@ -450,8 +250,8 @@ static void letter_open(struct mem_transport *t, struct letter *letter)
             fetch_end(link, fetch, -EIO);
         break;
     case CLOSED:
-        link_break(link, link->state == CONNECTING ? -ECONNREFUSED : -ECONNRESET,
-                   "the other side closed the connection");
+        mem_link_break(link, link->state == MEM_CONNECTING ? -ECONNREFUSED : -ECONNRESET,
+                       "the other side closed the connection");
         break;
     case CONNECT:
         break;
@@ -461,8 +261,8 @@ static void letter_open(struct mem_transport *t, struct letter *letter)
 static void delayed_run(struct loop_timer *timer)
 {
     struct mem_transport *t = util_container(timer, struct mem_transport, wait);
-    loop_timer_set(t->base.loop, timer, NEVER_NS);
-    struct letter *letter;
+    loop_timer_set(t->base.loop, timer, MEM_NEVER_NS);
+    struct mem_letter *letter;
     while ((letter = t->delayed) && letter->due_ns <= util_now_ns()) {
         t->delayed = letter->next;
         if (!t->delayed)
@@ -475,9 +275,9 @@ static void delayed_run(struct loop_timer *timer)
 }
 
 /* A letter nobody will open. Who tries to connect learns it. */
-static void letter_return(struct letter *letter)
+static void letter_return(struct mem_letter *letter)
 {
-    struct letter *answer = letter->kind == CONNECT ? letter_new(CLOSED, 0) : NULL;
+    struct mem_letter *answer = letter->kind == CONNECT ? letter_new(CLOSED, 0) : NULL;
     if (answer) {
         answer->to = letter->from;
         mailbox_post(letter->from_box, &answer->item);
@@ -487,7 +287,7 @@ static void letter_return(struct letter *letter)
 
 static void letter_run(struct mailbox_item *item, void *arg)
 {
-    struct letter *letter = util_container(item, struct letter, item);
+    struct mem_letter *letter = util_container(item, struct mem_letter, item);
     struct mem_transport *t = arg;
     if (!t) {
         letter_return(letter);
@@ -498,7 +298,7 @@ static void letter_run(struct mailbox_item *item, void *arg)
         letter->offset = 1;
         struct transport *next = t->share_next(t->share_arg);
         if (next != &t->base) {
-            mailbox_post(transport_of(next)->mailbox, item);
+            mailbox_post(mem_transport_of(next)->mailbox, item);
             return;
         }
     }
@@ -521,17 +321,17 @@ static void letter_run(struct mailbox_item *item, void *arg)
 static int mem_connect(struct transport *base, const char *address, uint32_t timeout_ms, void *user,
                        struct link **out)
 {
-    struct mem_transport *t = transport_of(base);
+    struct mem_transport *t = mem_transport_of(base);
     if (strlen(address) > TRANSPORT_NAME_MAX)
         return -EINVAL;
-    struct mem_link *link = link_new(t);
-    struct letter *letter = link ? letter_new(CONNECT, 0) : NULL;
+    struct mem_link *link = mem_link_new(t);
+    struct mem_letter *letter = link ? letter_new(CONNECT, 0) : NULL;
     int r = letter ? loop_timer_set(base->loop, &link->patience, timeout_ms * 1000000ull) : -ENOMEM;
     if (r < 0) {
         free(letter);
         if (link) {
             DL_DELETE(t->links, link);
-            link_free(link);
+            mem_link_free(link);
         }
         return r;
     }
@@ -554,7 +354,7 @@ static int mem_connect(struct transport *base, const char *address, uint32_t tim
         mailbox_unref(box);
     } else {
         letter_free(letter);
-        link_break(link, -ECONNREFUSED, "nobody listens there");
+        mem_link_break(link, -ECONNREFUSED, "nobody listens there");
     }
     *out = &link->base;
     return 0;
@@ -563,7 +363,7 @@ static int mem_connect(struct transport *base, const char *address, uint32_t tim
 static int mem_listen(struct transport *base, const char *address,
                       char bound[TRANSPORT_NAME_MAX + 1])
 {
-    struct mem_transport *t = transport_of(base);
+    struct mem_transport *t = mem_transport_of(base);
     size_t length = strlen(address);
     if (length == 0 || length > TRANSPORT_NAME_MAX - 12)
         return -EINVAL;
@@ -598,34 +398,34 @@ static int mem_listen(struct transport *base, const char *address,
 
 static void mem_share(struct transport *base, struct transport *(*next)(void *arg), void *arg)
 {
-    transport_of(base)->share_next = next;
-    transport_of(base)->share_arg = arg;
+    mem_transport_of(base)->share_next = next;
+    mem_transport_of(base)->share_arg = arg;
 }
 
 static int mem_send(struct link *base, const void *message, size_t length)
 {
-    struct mem_link *link = link_of(base);
+    struct mem_link *link = mem_link_of(base);
     if (length > TRANSPORT_MESSAGE_MAX)
         return -EMSGSIZE;
-    if (link->state != OPEN)
+    if (link->state != MEM_OPEN)
         return -ENOTCONN;
-    if (fault_now(&faults.refuse))
+    if (mem_fault_now(MEM_REFUSE))
         return -ENOMEM;
-    if (fault_now(&faults.full)) {
+    if (mem_fault_now(MEM_FULL)) {
         link->full = true;
-        link_mark(link);
+        mem_link_mark(link);
         return -EAGAIN;
     }
-    if (link->queued + length > QUEUE_BYTES) {
+    if (link->queued + length > MEM_QUEUE_BYTES) {
         link->full = true;
         return -EAGAIN;
     }
-    if (fault_now(&faults.lose)) {
+    if (mem_fault_now(MEM_LOSE)) {
         note_post(link, CLOSED, 0, 0, 0);
-        link_break(link, -ECONNRESET, "a message was lost");
+        mem_link_break(link, -ECONNRESET, "a message was lost");
         return 0;
     }
-    struct letter *letter = letter_new(MESSAGE, length);
+    struct mem_letter *letter = letter_new(MESSAGE, length);
     if (!letter)
         return -ENOMEM;
     if (length > 0)
@@ -639,12 +439,12 @@ static int mem_expose(struct link *base, uint32_t id, const struct transport_reg
                       bool urgent, struct transport_descriptor *descriptor)
 {
     (void)urgent; // pieces are asked for, so the puller decides
-    struct mem_link *link = link_of(base);
-    if (link->state != OPEN)
+    struct mem_link *link = mem_link_of(base);
+    if (link->state != MEM_OPEN)
         return -ENOTCONN;
-    if (fault_now(&faults.refuse))
+    if (mem_fault_now(MEM_REFUSE))
         return -ENOMEM;
-    struct exposure *e;
+    struct mem_exposure *e;
     LL_SEARCH_SCALAR(link->exposures, e, id, id);
     if (e)
         return -EEXIST;
@@ -663,8 +463,8 @@ static int mem_expose(struct link *base, uint32_t id, const struct transport_reg
 
 static void mem_unexpose(struct link *base, uint32_t id)
 {
-    struct mem_link *link = link_of(base);
-    struct exposure *e;
+    struct mem_link *link = mem_link_of(base);
+    struct mem_exposure *e;
     LL_SEARCH_SCALAR(link->exposures, e, id, id);
     if (!e)
         return;
@@ -675,24 +475,24 @@ static void mem_unexpose(struct link *base, uint32_t id)
 static int mem_fetch(struct link *base, const struct transport_descriptor *descriptor,
                      struct transport_fetch *fetch)
 {
-    struct mem_link *link = link_of(base);
+    struct mem_link *link = mem_link_of(base);
     uint64_t length;
     if (descriptor->length != 1 + sizeof(length) || descriptor->bytes[0] != 'M')
         return -EINVAL;
     memcpy(&length, descriptor->bytes + 1, sizeof(length));
     if (length != fetch->length)
         return -EINVAL;
-    if (link->state != OPEN)
+    if (link->state != MEM_OPEN)
         return -ENOTCONN;
-    if (fault_now(&faults.refuse))
+    if (mem_fault_now(MEM_REFUSE))
         return -ENOMEM;
     struct transport_fetch *other;
     LL_SEARCH_SCALAR(link->fetches, other, id, fetch->id);
     if (other)
         return -EEXIST;
-    enum fate fate = fault_now(&faults.cut)     ? FATE_SHORT
-                     : fault_now(&faults.flip)  ? FATE_FLIP
-                     : fault_now(&faults.stall) ? FATE_STALL
+    enum fate fate = mem_fault_now(MEM_CUT)     ? FATE_SHORT
+                     : mem_fault_now(MEM_FLIP)  ? FATE_FLIP
+                     : mem_fault_now(MEM_STALL) ? FATE_STALL
                                                 : FATE_NONE;
     fetch->landed = 0;
     fetch->link = base;
@@ -705,8 +505,8 @@ static int mem_fetch(struct link *base, const struct transport_descriptor *descr
 
 static void mem_shut(struct link *base)
 {
-    struct mem_link *link = link_of(base);
-    struct mem_transport *t = transport_of(base->transport);
+    struct mem_link *link = mem_link_of(base);
+    struct mem_transport *t = mem_transport_of(base->transport);
     if (link->dead)
         return;
     if (link->far)
@@ -714,7 +514,7 @@ static void mem_shut(struct link *base)
     link->dead = true;
     loop_timer_clear(base->transport->loop, &link->patience);
     while (link->fetches)
-        mem_cancel(base, link->fetches);
+        mem_link_cancel(base, link->fetches);
     DL_DELETE(t->links, link);
     // it may be in use further up the stack: it goes when the turn is over
     link->dead_next = t->dead;
@@ -730,16 +530,16 @@ static int mem_open(struct loop *loop, const struct transport_config *config,
     if (!t)
         return -ENOMEM;
     t->base = (struct transport){.ops = &transport_mem, .loop = loop, .events = events, .arg = arg};
-    t->turn.due = mem_turn;
+    t->turn.due = mem_links_turn;
     t->wait.due = delayed_run;
     t->delayed_last = &t->delayed;
     int r = mailbox_open(loop, t, &t->mailbox);
     if (r < 0)
         goto free_transport;
-    r = loop_timer_set(loop, &t->turn, NEVER_NS);
+    r = loop_timer_set(loop, &t->turn, MEM_NEVER_NS);
     if (r < 0)
         goto close_mailbox;
-    r = loop_timer_set(loop, &t->wait, NEVER_NS);
+    r = loop_timer_set(loop, &t->wait, MEM_NEVER_NS);
     if (r < 0)
         goto clear_turn;
     *out = &t->base;
@@ -758,7 +558,7 @@ static void mem_close(struct transport *base)
 {
     if (!base)
         return;
-    struct mem_transport *t = transport_of(base);
+    struct mem_transport *t = mem_transport_of(base);
     pthread_mutex_lock(&listeners_lock);
     struct listener *l, *after;
     LL_FOREACH_SAFE(listeners, l, after) {
@@ -773,9 +573,9 @@ static void mem_close(struct transport *base)
         mem_shut(&t->links->base);
     for (; t->marked; t->marked = t->marked->marked_next)
         t->marked->marked = false;
-    links_reap(t);
+    mem_links_reap(t);
     while (t->delayed) {
-        struct letter *letter = t->delayed;
+        struct mem_letter *letter = t->delayed;
         t->delayed = letter->next;
         letter_return(letter);
     }
@@ -797,6 +597,6 @@ const struct transport_ops transport_mem = {
     .expose = mem_expose,
     .unexpose = mem_unexpose,
     .fetch = mem_fetch,
-    .cancel = mem_cancel,
+    .cancel = mem_link_cancel,
     .shut = mem_shut,
 };

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "engine/loop.h"
@@ -341,6 +342,16 @@ static void the_variable_forces_epoll(void **state)
     assert_false(loop_is_uring(loop));
 }
 
+static void io_uring_is_used_where_the_kernel_allows_it(void **state)
+{
+    char params[256] = {0}; // struct io_uring_params, all defaults
+    int fd = (int)syscall(SYS_io_uring_setup, 4, params);
+    if (fd < 0)
+        skip();
+    close(fd);
+    assert_true(loop_is_uring(loop));
+}
+
 #define BOTH(story)                                              \
     {#story " (io_uring)", story, open_uring, close_loop, NULL}, \
     {                                                            \
@@ -360,6 +371,8 @@ int main(void)
         BOTH(a_cleared_watch_is_never_called_even_when_ready_in_the_same_turn),
         BOTH(many_watches_all_answer),
         cmocka_unit_test_setup_teardown(the_variable_forces_epoll, open_epoll, close_loop),
+        cmocka_unit_test_setup_teardown(io_uring_is_used_where_the_kernel_allows_it, open_uring,
+                                        close_loop),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
