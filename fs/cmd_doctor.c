@@ -75,13 +75,13 @@ static void line_read(const char *path, char *out, size_t size)
 static bool in_path(const char *program)
 {
     const char *path = getenv("PATH");
-    util_autofree char *copy = strdup(path ? path : "/usr/bin:/bin");
-    char *rest = copy;
-    for (char *dir; rest && (dir = strsep(&rest, ":"));) {
+    for (const char *dir = path ? path : "/usr/bin:/bin"; *dir;) {
         char whole[4096];
-        int length = snprintf(whole, sizeof(whole), "%s/%s", *dir ? dir : ".", program);
+        size_t part = strcspn(dir, ":");
+        int length = snprintf(whole, sizeof(whole), "%.*s/%s", (int)part, dir, program);
         if (length > 0 && (size_t)length < sizeof(whole) && access(whole, X_OK) == 0)
             return true;
+        dir += part + (dir[part] == ':');
     }
     return false;
 }
@@ -220,16 +220,14 @@ static void check_network(struct doctor *doctor)
 
     DIR *dir = opendir("/sys/class/infiniband");
     char devices[256] = "";
+    size_t used = 0;
     struct dirent *entry;
     while (dir && (entry = readdir(dir)))
-        if (entry->d_name[0] != '.' &&
-            strlen(devices) + strlen(entry->d_name) + 2 < sizeof(devices)) {
-            strcat(devices, " ");
-            strcat(devices, entry->d_name);
-        }
+        if (entry->d_name[0] != '.' && used + strlen(entry->d_name) + 2 < sizeof(devices))
+            used += (size_t)snprintf(devices + used, sizeof(devices) - used, " %s", entry->d_name);
     if (dir)
         closedir(dir);
-    find(doctor, GOOD, "RDMA", NULL, "%s%s%s", devices[0] ? "devices:" : "no device", devices,
+    find(doctor, GOOD, "RDMA", NULL, "%s%s%s", used ? "devices:" : "no device", devices,
          transport_by_name("rdma") ? "" : "; this version moves bytes over TCP");
 }
 

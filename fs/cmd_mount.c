@@ -153,36 +153,49 @@ static char *joined(const char *a, const char *b)
     return asprintf(&path, "%s%s%s", a, slash, b) < 0 ? NULL : path;
 }
 
-/* The path without links in its directory part; what does not exist (yet) is taken as it stands. NULL: errno says why. */
-static char *path_climb(const char *path)
+/* Cuts the last component off, in place; NULL: there is none that is a name. *dir is what it lies in. */
+static char *last_cut(char *path, const char **dir)
 {
-    util_autofree char *copy = strdup(path);
-    if (!copy)
-        return NULL;
-    size_t length = strlen(copy);
-    while (length > 1 && copy[length - 1] == '/')
-        copy[--length] = '\0';
-    char *slash = strrchr(copy, '/');
-    const char *last = slash ? slash + 1 : copy;
+    size_t length = strlen(path);
+    while (length > 1 && path[length - 1] == '/')
+        path[--length] = '\0';
+    char *slash = strrchr(path, '/');
+    char *last = slash ? slash + 1 : path;
     if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0)
-        return realpath(copy, NULL);
-    util_autofree char *name = strdup(last);
-    if (!name)
         return NULL;
+    *dir = !slash ? "." : slash == path ? "/" : path;
     if (slash)
         *slash = '\0';
-    const char *dir = !slash ? "." : slash == copy ? "/" : copy;
-    util_autofree char *real = realpath(dir, NULL);
-    if (!real && (errno == ENOENT || errno == ENOTDIR) && strcmp(dir, ".") != 0 &&
-        strcmp(dir, "/") != 0)
-        real = path_climb(dir);
-    return real ? joined(real, name) : NULL;
+    return last;
+}
+
+char *cmd_path_whole(const char *path, bool missing)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return NULL;
+    const char *dir;
+    char *whole = NULL;
+    const char *last = last_cut(copy, &dir);
+    if (!last) {
+        whole = realpath(copy, NULL);
+    } else {
+        char *real = realpath(dir, NULL);
+        if (!real && missing && (errno == ENOENT || errno == ENOTDIR) && strcmp(dir, ".") != 0 &&
+            strcmp(dir, "/") != 0)
+            real = cmd_path_whole(dir, true);
+        if (real)
+            whole = joined(real, last);
+        free(real);
+    }
+    free(copy);
+    return whole;
 }
 
 /* An absolute path without "." and "..", by its text alone: for mounts that do not answer any more. */
 static char *path_lexical(const char *path)
 {
-    char *cwd = path[0] == '/' ? strdup("") : getcwd(NULL, 0);
+    char *cwd = path[0] == '/' ? strdup("") : get_current_dir_name();
     if (!cwd)
         return NULL;
     char *whole = joined(cwd, path);
@@ -193,8 +206,8 @@ static char *path_lexical(const char *path)
         at += strspn(at, "/");
         size_t part = strcspn(at, "/");
         if (part == 2 && at[0] == '.' && at[1] == '.') {
-            while (length > 0 && out[--length] != '/')
-                ;
+            char *up = strrchr(out, '/');
+            length = up ? (size_t)(up - out) : 0;
         } else if (part > 0 && !(part == 1 && at[0] == '.')) {
             out[length++] = '/';
             memcpy(out + length, at, part);
@@ -246,7 +259,7 @@ int cmd_mount_find(const char *path, char **root, char **below)
         return rc;
     const char *rest = NULL;
     const struct mount *mount = NULL;
-    char *real = path_climb(path);
+    char *real = cmd_path_whole(path, true);
     int error = real ? 0 : errno;
     if (real)
         mount = mounts_find(&mounts, real, &rest);
@@ -285,7 +298,7 @@ int cmd_mount_find_any(const char *path, char **root, char **below)
     int rc = mounts_read(&mounts);
     if (rc < 0)
         return rc;
-    util_autofree char *cwd = getcwd(NULL, 0);
+    util_autofree char *cwd = get_current_dir_name();
     const char *rest;
     if (cwd && mounts_find(&mounts, cwd, &rest)) {
         rc = cmd_mount_find(cwd, root, below);

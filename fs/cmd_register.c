@@ -9,29 +9,6 @@
 #include "fs/control.h"
 #include "meta/base/util.h"
 
-/* The path from the root, its directory without links; the last name stays, because it becomes the registered one. */
-static char *path_whole(const char *path)
-{
-    util_autofree char *copy = strdup(path);
-    if (!copy)
-        return NULL;
-    size_t length = strlen(copy);
-    while (length > 1 && copy[length - 1] == '/')
-        copy[--length] = '\0';
-    char *slash = strrchr(copy, '/');
-    const char *last = slash ? slash + 1 : copy;
-    if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0)
-        return realpath(copy, NULL);
-    util_autofree char *name = strdup(last);
-    if (slash)
-        *slash = '\0';
-    util_autofree char *dir = realpath(!slash ? "." : slash == copy ? "/" : copy, NULL);
-    char *whole = NULL;
-    if (!dir || !name || asprintf(&whole, "%s/%s", strcmp(dir, "/") ? dir : "", name) < 0)
-        return NULL;
-    return whole;
-}
-
 /* Puts files into one request until it is full. Returns how many, or negative errno after a line on stderr. */
 static int files_put(struct json_out *request, int argc, char **argv)
 {
@@ -40,7 +17,9 @@ static int files_put(struct json_out *request, int argc, char **argv)
     json_array(request, "files");
     for (; count < argc && request->length < room; count++) {
         struct stat st;
-        util_autofree char *path = stat(argv[count], &st) == 0 ? path_whole(argv[count]) : NULL;
+        /* The last component stays, even where it is a link: it becomes the registered name. */
+        util_autofree char *path =
+            stat(argv[count], &st) == 0 ? cmd_path_whole(argv[count], false) : NULL;
         if (!path) {
             cmd_error("cannot register '%s': %s", argv[count], strerror(errno));
             return -errno;

@@ -26,6 +26,10 @@ void cmd_help_print(const struct cmd *cmd, FILE *out);
 /* The mount points of all p2pfs mounts here, the array and each malloc'd. 0, or -ENOENT after a line on stderr. */
 int cmd_mounts(char ***points, size_t *count);
 
+/* An absolute path whose directory has no links; the last component stays as it is. missing: what does not exist (yet)
+ * is taken as it stands. malloc'd; NULL: errno says why. */
+char *cmd_path_whole(const char *path, bool missing);
+
 /* ---- requests ---- */
 
 /* "p2pfs: ..." on stderr. */
@@ -34,14 +38,17 @@ void cmd_error(const char *format, ...) __attribute__((format(printf, 1, 2)));
  * negative errno after a line on stderr. */
 int cmd_ask_json(const char *root, struct json_out *request, char **text, struct json **parsed);
 /* {"op": op, "path": path} */
-int cmd_ask_path(const char *root, const char *op, const char *path, char **text, struct json **parsed);
+int cmd_ask_path(const char *root, const char *op, const char *path, char **text,
+                 struct json **parsed);
 /* For each operand: finds its mount and runs one(root, below, arg) -> 0 or negative errno (said already). Exit status. */
-int cmd_each_path(int argc, char **argv, int (*one)(const char *root, const char *below, void *arg), void *arg);
+int cmd_each_path(int argc, char **argv, int (*one)(const char *root, const char *below, void *arg),
+                  void *arg);
 
 /* A whole subcommand: asks the operation of the command's own name for each PATH; nothing to print. Exit status. */
 int cmd_run_each(const struct cmd *cmd, int argc, char **argv);
 /* A whole subcommand [--json] [PATH]: asks the operation of its name and prints the answer. Exit status. */
-int cmd_run_report(const struct cmd *cmd, int argc, char **argv, int (*print)(const struct json *answer));
+int cmd_run_report(const struct cmd *cmd, int argc, char **argv,
+                   int (*print)(const struct json *answer));
 
 /* ---- output ---- */
 
@@ -51,7 +58,8 @@ void cmd_put_size(FILE *out, uint64_t bytes); /* "1.5 GiB" */
 
 struct cmd_grid; /* rows of cells, printed in columns that fit; NULL is harmless everywhere */
 struct cmd_grid *cmd_grid_new(const char *align); /* a letter per column: 'l' or 'r' */
-void cmd_grid_put(struct cmd_grid *grid, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void cmd_grid_put(struct cmd_grid *grid, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 void cmd_grid_put_size(struct cmd_grid *grid, uint64_t bytes);
 /* Prints it and frees it. 0, or -ENOMEM when a row got lost. */
 int cmd_grid_end(struct cmd_grid *grid, FILE *out);

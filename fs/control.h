@@ -15,13 +15,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define CONTROL_DIR ".p2pfs"
+#define CONTROL_DIR         ".p2pfs"
 #define CONTROL_REQUEST_MAX (64u << 10)
 
 struct house;
 struct control;
 
-enum control_file { CONTROL_STATUS, CONTROL_PEERS, CONTROL_METRICS, CONTROL_LOG, CONTROL_REQUEST, CONTROL_FILES };
+enum control_file {
+    CONTROL_STATUS,
+    CONTROL_PEERS,
+    CONTROL_METRICS,
+    CONTROL_LOG,
+    CONTROL_REQUEST,
+    CONTROL_FILES
+};
 extern const char *const control_names[CONTROL_FILES]; /* "status.json", ... */
 
 int control_open(struct house *house, struct control **control);
@@ -31,7 +38,7 @@ int control_render(struct control *control, enum control_file file, char **text,
 
 /* The answer: malloc'd text, the receiver frees; from any thread, exactly once, perhaps inside the call. */
 typedef void (*control_answer)(void *arg, char *text, size_t length);
-void control_request(struct control *control, uint32_t uid, const char *request, size_t length, control_answer answer,
-                     void *arg);
+void control_request(struct control *control, uint32_t uid, const char *request, size_t length,
+                     control_answer answer, void *arg);
 
 #endif

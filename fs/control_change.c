@@ -91,7 +91,7 @@ static int landing_new(struct control *control, const char *path, bool several, 
     } else if (rc == 0) {
         *out = (struct landing){.dir = parent.id, .name = name};
     }
-    if (rc < 0) {
+    if (rc != 0) {
         free(name);
         *out = (struct landing){0};
     }

@@ -44,26 +44,30 @@ void control_fail(struct control_call *call, int error, const char *format, ...)
 /* Waits for one callback of the catalog or the engine on the request's thread. The callback may come after the waiter
  * has given up (the mount closes), so both sides hold the wait. */
 struct control_wait;
-struct control_wait *control_wait_new(struct control *control, void *data, void (*data_free)(void *data));
+struct control_wait *control_wait_new(struct control *control, void *data,
+                                      void (*data_free)(void *data));
 void *control_wait_data(struct control_wait *wait);
-void control_wait_catalog(void *wait, int status, const struct model_entry *entry); /* a catalog_done */
-void control_wait_engine(void *wait, int status);                                  /* an engine_done */
+void control_wait_catalog(void *wait, int status,
+                          const struct model_entry *entry); /* a catalog_done */
+void control_wait_engine(void *wait, int status);           /* an engine_done */
 /* `started`: what the call that takes the callback returned; waits only when it is 0. The callback's status, or
  * -ESHUTDOWN; frees the wait but for *data, which is the caller's unless -ESHUTDOWN. */
 int control_wait_end(struct control_wait *wait, int started);
 
 /* The entry that a path below the root means. Symbolic links in the middle are followed, the last one with `follow`.
  * -ENOENT, -ENOTDIR, -ELOOP, -EXDEV (leads out of the mount), -ENAMETOOLONG, -ENOMEM. */
-int control_resolve(struct control *control, const char *path, bool follow, struct model_entry *out);
+int control_resolve(struct control *control, const char *path, bool follow,
+                    struct model_entry *out);
 /* The entry that a path in JSON (NULL: the root) means; fails the call with a sentence when there is none. *name
  * (malloc'd) is the entry's path below the root. control_target takes the request's member "path". */
-int control_target_of(struct control_call *call, const char *text, bool follow, struct model_entry *out, char **name);
+int control_target_of(struct control_call *call, const char *text, bool follow,
+                      struct model_entry *out, char **name);
 int control_target(struct control_call *call, bool follow, struct model_entry *out, char **name);
 /* Every entry below a directory (parents first), or just the entry when it is none. A non-zero return of `visit`
  * ends the walk and is returned; what vanishes meanwhile is left out. `path` is below the root. */
 typedef int (*control_visit)(void *arg, const char *path, const struct model_entry *entry);
-int control_walk(struct control *control, const struct model_entry *top, const char *path, control_visit visit,
-                 void *arg);
+int control_walk(struct control *control, const struct model_entry *top, const char *path,
+                 control_visit visit, void *arg);
 
 /* Words for an errno as the metadata gives it. */
 const char *control_why(int error);

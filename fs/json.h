@@ -21,7 +21,7 @@ struct json_out {
     size_t room;
     bool failed;
     unsigned depth;
-    char close[JSON_DEPTH_MAX]; /* what ends each open level */
+    char close[JSON_DEPTH_MAX];  /* what ends each open level */
     bool filled[JSON_DEPTH_MAX]; /* the level has a member already */
 };
 
