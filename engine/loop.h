@@ -2,7 +2,8 @@
  *
  * io_uring where the kernel lets this process have it, epoll otherwise (containers often forbid io_uring); callers
  * see no difference. Only loop.c knows either. Everything runs on the thread that is in loop_run, but for loop_post
- * and loop_stop, which any thread may call. Watches and timers are zeroed before they are first set. Callbacks may set, clear and free their own watch or timer. */
+ * and loop_stop, which any thread may call. Callbacks may set, clear and free their own watch or timer. Zero watches
+ * and timers before they are first set. */
 #ifndef P2PFS_ENGINE_LOOP_H
 #define P2PFS_ENGINE_LOOP_H
 

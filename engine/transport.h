@@ -108,6 +108,8 @@ struct transport_ops {
      * -EIO. TCP: pages that were already handed to the kernel are sent as they are then, so memory that is overwritten
      * in place after an unfinished upload may arrive changed, which the digest tells; freeing it is safe. */
     void (*unexpose)(struct link *link, uint32_t id);
+    /* Not one-sided: inside the `message` event that brought the descriptor, for the bytes are right behind it.
+     * -EINVAL: not a descriptor of this kind, or of another length than the fetch's. -EEXIST: id is in use. */
     int (*fetch)(struct link *link, const struct transport_descriptor *descriptor,
                  struct transport_fetch *fetch);
     /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped. */
