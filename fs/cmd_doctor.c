@@ -23,7 +23,7 @@
 #include "p2pfs_config.h"
 
 #define ANSWER_MS      2000 /* a mount that does not answer for so long does not answer */
-#define NOFILE_WANTED  65536
+#define NOFILE_WANTED  16384
 #define TMPFS_TRY_SIZE (64u << 20)
 
 enum level { GOOD, WARN, STOP };

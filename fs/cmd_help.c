@@ -19,7 +19,7 @@ static int print_all(void)
     struct cmd_grid *grid = cmd_grid_new("lll");
     for (size_t i = 0; cmd_table[i]; i++) {
         cmd_grid_put(grid, " ");
-        cmd_grid_put(grid, "%s", cmd_table[i]->usage);
+        cmd_grid_put(grid, "%s", cmd_table[i]->name);
         cmd_grid_put(grid, "%s", cmd_table[i]->summary);
     }
     if (cmd_grid_end(grid, stdout) < 0)

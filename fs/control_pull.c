@@ -278,6 +278,9 @@ static void job_run(void *arg)
         if (running > 0)
             job_sleep(begun_ns / 1000000);
     }
+    for (size_t i = first; i < job->count; i++) /* the mount closes */
+        if (job->files[i].state == RUNNING || job->files[i].state == QUEUED)
+            file_fail(job, &job->files[i], -ESHUTDOWN, control_why(-ESHUTDOWN));
     job_finish(job);
     job_release(job);
 }
