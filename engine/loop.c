@@ -102,11 +102,9 @@ static int backend_open(struct loop *loop)
         return 0;
     }
 #endif
-    loop->epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (loop->epoll < 0)
-        return -errno;
     loop->backend = &backend_epoll;
-    return 0;
+    loop->epoll = epoll_create1(EPOLL_CLOEXEC);
+    return loop->epoll < 0 ? -errno : 0;
 }
 
 int loop_open(struct loop **out)

@@ -36,6 +36,8 @@ void mem_link_break(struct mem_link *link, int error, const char *reason)
 
 void mem_link_cancel(struct link *base, struct transport_fetch *fetch)
 {
+    if (fetch->link != base)
+        return; // it is over, or never began
     LL_DELETE(mem_link_of(base)->fetches, fetch);
     fetch->link = NULL;
 }

@@ -373,6 +373,8 @@ int tcp_link_fetch(struct link *base, const struct transport_descriptor *descrip
 void tcp_link_cancel(struct link *base, struct transport_fetch *fetch)
 {
     struct tcp_link *link = tcp_link_of(base);
+    if (fetch->link != base)
+        return; // it is over, or never began
     if (link->body == fetch)
         link->body = NULL;
     LL_DELETE(link->fetches, fetch);
@@ -582,11 +584,11 @@ void tcp_link_forget(struct tcp_link *link)
 {
     struct tcp_exposure **lists[] = {&link->urgent, &link->normal, &link->quiet};
     for (int i = 0; i < 3; i++) {
-        struct tcp_exposure *e, *after;
-        DL_FOREACH_SAFE(*lists[i], e, after) {
-            DL_DELETE(*lists[i], e);
+        for (struct tcp_exposure *e = *lists[i], *after; e; e = after) {
+            after = e->next;
             free(e);
         }
+        *lists[i] = NULL;
     }
     free(link->queue.bytes);
     free(link->stage);

@@ -4,6 +4,7 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -96,37 +97,47 @@ void tcp_address_print(const struct tcp_address *address, char out[TRANSPORT_NAM
     snprintf(out, TRANSPORT_NAME_MAX + 1, "%s%s%s:%s", v6 ? "[" : "", host, v6 ? "]" : "", port);
 }
 
-static bool host_equal(const struct sockaddr_storage *a, const struct sockaddr_storage *b)
+struct host {
+    uint8_t bytes[16]; /* IPv4 as IPv6 has it, mapped */
+};
+
+static struct host host_of(const struct sockaddr_storage *a)
 {
-    if (a->ss_family != b->ss_family)
-        return false;
+    struct host host = {.bytes = {[10] = 0xff, [11] = 0xff}};
+    const uint8_t *bytes = (const uint8_t *)a;
     if (a->ss_family == AF_INET)
-        return ((const struct sockaddr_in *)a)->sin_addr.s_addr ==
-               ((const struct sockaddr_in *)b)->sin_addr.s_addr;
-    return memcmp(&((const struct sockaddr_in6 *)a)->sin6_addr,
-                  &((const struct sockaddr_in6 *)b)->sin6_addr, sizeof(struct in6_addr)) == 0;
+        memcpy(host.bytes + 12, bytes + offsetof(struct sockaddr_in, sin_addr), 4);
+    else
+        memcpy(host.bytes, bytes + offsetof(struct sockaddr_in6, sin6_addr), 16);
+    return host;
 }
 
-static bool host_loopback(const struct sockaddr_storage *a)
+static bool host_equal(const struct host *a, const struct host *b)
 {
-    if (a->ss_family == AF_INET)
-        return ntohl(((const struct sockaddr_in *)a)->sin_addr.s_addr) >> 24 == 127;
-    const struct in6_addr *v6 = &((const struct sockaddr_in6 *)a)->sin6_addr;
-    return IN6_IS_ADDR_LOOPBACK(v6) || (IN6_IS_ADDR_V4MAPPED(v6) && v6->s6_addr[12] == 127);
+    return memcmp(a, b, sizeof(*a)) == 0;
+}
+
+static bool host_loopback(const struct host *host)
+{
+    static const struct host v6 = {.bytes = {[15] = 1}};
+    static const struct host v4 = {.bytes = {[10] = 0xff, [11] = 0xff, [12] = 127}};
+    return host_equal(host, &v6) || memcmp(host, &v4, 13) == 0;
 }
 
 /* Is it an address of this machine? Asked of the routing table: the way to oneself starts at oneself. */
 static bool host_ours(const struct tcp_address *address)
 {
-    if (host_loopback(&address->storage))
+    struct host other = host_of(&address->storage);
+    if (host_loopback(&other))
         return true;
     util_autoclose int fd = socket(address->storage.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct sockaddr_storage own;
+    struct sockaddr_storage own = {.ss_family = AF_UNSPEC};
     socklen_t length = sizeof(own);
-    return fd >= 0 &&
-           connect(fd, (const struct sockaddr *)&address->storage, address->length) == 0 &&
-           getsockname(fd, (struct sockaddr *)&own, &length) == 0 &&
-           host_equal(&own, &address->storage);
+    if (fd < 0 || connect(fd, (const struct sockaddr *)&address->storage, address->length) < 0 ||
+        getsockname(fd, (struct sockaddr *)&own, &length) < 0)
+        return false;
+    struct host start = host_of(&own);
+    return host_equal(&start, &other);
 }
 
 // -- Options --------------------------------------------------------------------------------------
@@ -251,11 +262,12 @@ void tcp_socket_accepted(const struct tcp_tuning *tuning, int fd)
     options_set(tuning, fd);
     if (tuning->congestion[0])
         return;
-    struct sockaddr_storage own, other;
+    struct sockaddr_storage own = {.ss_family = AF_UNSPEC}, other = {.ss_family = AF_UNSPEC};
     socklen_t own_length = sizeof(own), other_length = sizeof(other);
     if (getsockname(fd, (struct sockaddr *)&own, &own_length) < 0 ||
         getpeername(fd, (struct sockaddr *)&other, &other_length) < 0)
         return;
-    if (!host_loopback(&other) && !host_equal(&own, &other) && tuning->usual[0])
+    struct host here = host_of(&own), there = host_of(&other);
+    if (!host_loopback(&there) && !host_equal(&here, &there) && tuning->usual[0])
         congestion_set(fd, tuning->usual);
 }

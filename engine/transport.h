@@ -112,7 +112,8 @@ struct transport_ops {
      * -EINVAL: not a descriptor of this kind, or of another length than the fetch's. -EEXIST: id is in use. */
     int (*fetch)(struct link *link, const struct transport_descriptor *descriptor,
                  struct transport_fetch *fetch);
-    /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped. */
+    /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped.
+     * Harmless for one that is over, or was never begun (link NULL). */
     void (*cancel)(struct link *link, struct transport_fetch *fetch);
     /* Ends and frees the link (queued messages are still sent where that needs no waiting): no event comes any more,
      * fetches on it are forgotten as by cancel, exposed ranges as by unexpose. */

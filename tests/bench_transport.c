@@ -126,10 +126,12 @@ static void raw_streams(struct stream *streams, void *(*run)(void *))
 
 static double raw_round(void)
 {
-    struct stream streams[LINKS_MAX];
+    struct stream streams[LINKS_MAX] = {{.fd = -1}};
     int listener = socket(AF_INET, SOCK_STREAM, 0);
     struct sockaddr_in own = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     socklen_t length = sizeof(own);
+    if (listener < 0)
+        die("socket");
     raw_tune(listener);
     if (bind(listener, (struct sockaddr *)&own, length) < 0 || listen(listener, 16) < 0 ||
         getsockname(listener, (struct sockaddr *)&own, &length) < 0)
@@ -143,6 +145,8 @@ static double raw_round(void)
     }
     for (unsigned i = 0; i < links; i++) {
         streams[i].fd = socket(AF_INET, SOCK_STREAM, 0);
+        if (streams[i].fd < 0)
+            die("socket");
         raw_tune(streams[i].fd);
         if (connect(streams[i].fd, (struct sockaddr *)&own, length) < 0)
             die("connect");
@@ -432,7 +436,7 @@ int main(int argc, char **argv)
     source = huge_file();
     source_map = file_map(source);
     for (size_t i = 0; i < bytes / 8; i++)
-        ((uint64_t *)(void *)source_map)[i] = i * 0x9e3779b97f4a7c15ull;
+        memcpy(source_map + 8 * i, &(uint64_t){i * 0x9e3779b97f4a7c15ull}, 8);
     target_map = file_map(huge_file());
 
     static double raw[ROUNDS_MAX], plain[ROUNDS_MAX], hashed[ROUNDS_MAX];

@@ -604,6 +604,7 @@ static void wrong_descriptors_are_refused(void **state)
     assert_true(ops->fetch(puller.link, &d, &f) < 0);
     ops->unexpose(holder.link, 1);
     ops->unexpose(holder.link, 1); // harmless
+    ops->cancel(puller.link, &f);  // so is this: it never began
 }
 
 // Shut from inside each event.
@@ -801,6 +802,7 @@ static int raw_connect(void)
                              .sin_port = htons((uint16_t)atoi(strrchr(address, ':') + 1)),
                              .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_true(fd >= 0);
     assert_int_equal(connect(fd, (struct sockaddr *)&to, sizeof(to)), 0);
     return fd;
 }

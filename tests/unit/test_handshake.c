@@ -88,7 +88,7 @@ static char path[] = "/tmp/p2pfs-secret-XXXXXX";
 
 static int file_new(void **state)
 {
-    strcpy(path + sizeof(path) - 7, "XXXXXX");
+    memcpy(path + sizeof(path) - 7, "XXXXXX", 6);
     int fd = mkstemp(path);
     close(fd);
     return fd < 0;
@@ -102,6 +102,7 @@ static int file_gone(void **state)
 static int read_back(const void *bytes, size_t length, struct handshake_secret *s)
 {
     FILE *f = fopen(path, "we");
+    assert_non_null(f);
     assert_int_equal(fwrite(bytes, 1, length, f), length);
     assert_int_equal(fclose(f), 0);
     return handshake_secret_read(path, s);
