@@ -70,7 +70,7 @@ int catalog_registered(struct catalog *catalog, const char *node, catalog_versio
 uint32_t catalog_version_names(struct catalog *catalog, const struct model_id *id);
 /* A live node by name. 0, -ENOENT. */
 int catalog_node(struct catalog *catalog, const char *name, struct model_node *out);
-/* All live nodes, malloc'd, caller frees. */
+/* All live nodes, this one included, malloc'd, caller frees. */
 int catalog_nodes(struct catalog *catalog, struct model_node **out, size_t *count);
 
 /* The children of a directory in byte order of their names, a snapshot; the caller frees with catalog_list_free.
@@ -112,7 +112,7 @@ int catalog_symlink(struct catalog *c, uint64_t parent, const char *name, const 
 /* Registers a version under a name and announces this node as its holder, in one transaction. */
 int catalog_publish(struct catalog *c, uint64_t parent, const char *name, uint64_t id, const struct model_attr *attr,
                     const struct model_version *version, unsigned flags, catalog_done done, void *arg);
-/* Another name for what `id` is (a file or symlink): link(2) and copies inside the mount. */
+/* Another name, with an id of its own, for what `id` is (a file or symlink): link(2) and copies inside the mount. */
 int catalog_link(struct catalog *c, uint64_t id, uint64_t parent, const char *name, catalog_done done, void *arg);
 /* rename(2) of one entry; a directory takes its whole tree along, atomically, whatever its size. A symbolic link or
  * an empty directory may be replaced by its like; a registered file only with CATALOG_OVERWRITE. */
@@ -138,7 +138,8 @@ int catalog_tree_attach(struct catalog *c, uint64_t dir, uint64_t parent, const 
                         const struct model_attr *attr, catalog_done done, void *arg);
 int catalog_tree_drop(struct catalog *c, uint64_t dir, catalog_done done, void *arg);
 
-/* Stores the root of a version registered in place. -ENOENT: the version is gone. */
+/* Stores the root (MODEL_DIGEST_MAX bytes, as in struct model_version) of a version registered in place. -ENOENT: the
+ * version is gone; -EEXIST: it has another root. */
 int catalog_seal(struct catalog *c, const struct model_id *version, const uint8_t *root, catalog_done done, void *arg);
 
 /* This node holds bytes of the version from now on (flags: CATALOG_COMPLETE, all of them). Idempotent; repeated by

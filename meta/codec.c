@@ -516,6 +516,12 @@ int codec_instance_decode(const char *json, struct model_id *instance)
     return rc;
 }
 
+size_t codec_digest_length(enum model_digest digest)
+{
+    return digest > 0 && (size_t)digest < util_count(codec_digests) ? codec_digests[digest].length
+                                                                    : 0;
+}
+
 char *codec_version_encode(const struct model_version *version)
 {
     bool ok;

@@ -57,6 +57,7 @@ char *codec_dir_encode(const struct model_node *stager);
 int codec_dir_decode(const char *json, struct model_node *stager); /* name and boot */
 char *codec_instance_encode(const struct model_id *instance);
 int codec_instance_decode(const char *json, struct model_id *instance);
+size_t codec_digest_length(enum model_digest digest); /* bytes; 0: no such digest */
 char *codec_version_encode(const struct model_version *version);
 int codec_version_decode(const char *json, struct model_version *out);
 char *codec_node_encode(const struct model_node *node);
