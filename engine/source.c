@@ -335,13 +335,18 @@ static void source_attached(struct attachment *attachment, uint32_t count, bool 
 {
     struct source *source = source_of(attachment);
     struct replica *replica = source->pull->replica;
-    (void)complete;
     if (count != replica->shards) {
         supplier_drop(attachment->supplier, "holds another number of shards than the version has");
         return;
     }
     source_bitmap_clear(source);
-    memcpy(source->bitmap, bitmap, (count + 7) / 8);
+    if (complete) { /* whose bitmap goes without saying */
+        for (uint32_t k = 0; k < count; k++) {
+            source->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
+        }
+    } else {
+        memcpy(source->bitmap, bitmap, (count + 7) / 8);
+    }
     source->attached = true;
     source->gone = false;
     rarity_add(source->pull, source->bitmap, 1);

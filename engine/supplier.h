@@ -18,7 +18,7 @@ struct request;
 
 /* What a pull wants to hear of one version at one supplier. */
 struct attachment_ops {
-    /* The supplier has the version; bitmap as in wire.h. */
+    /* The supplier has the version; bitmap as in wire.h (NULL when it is complete). */
     void (*attached)(struct attachment *attachment, uint32_t count, bool complete,
                      const uint8_t *bitmap);
     void (*have)(struct attachment *attachment, uint32_t shard);
