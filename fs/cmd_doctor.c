@@ -231,13 +231,14 @@ static void check_network(struct doctor *doctor)
          transport_by_name("rdma") ? "" : "; this version moves bytes over TCP");
 }
 
-/* In a child, because who asks a mount that does not answer may wait for ever. Its exit status is an errno. */
+/* In a child, because who asks a mount that does not answer may wait for ever. Opening asks the process itself, where
+ * looking at attributes may be answered by the kernel. The exit status is an errno. */
 static int probe(const char *point)
 {
-    char path[4200];
-    struct stat st;
+    char path[4200], byte;
     snprintf(path, sizeof(path), "%s/" CONTROL_DIR "/%s", point, control_names[CONTROL_STATUS]);
-    return stat(point, &st) < 0 || stat(path, &st) < 0 ? errno : 0;
+    util_autoclose int fd = open(path, O_RDONLY | O_CLOEXEC);
+    return fd < 0 || read(fd, &byte, 1) < 0 ? errno : 0;
 }
 
 static int answers(const char *point)

@@ -39,7 +39,8 @@ const struct cmd cmd_evict = {
     .usage = "evict [--force] PATH...",
     .summary = "drop this node's copy of a file, or of every file below a directory",
     .details = "The names stay. What is open here or pinned stays too, and so does what no other\n"
-               "live node holds completely. What has no bytes here is passed over.\n"
+               "live node holds completely. What has no bytes in the cache (files\n"
+               "registered in place among them) is passed over.\n"
                "\n"
                "  --force   drop also a last copy: the name is offline until a holder returns\n",
     .run = run,

@@ -10,6 +10,9 @@
 #include "fs/control_parts.h"
 #include "meta/base/util.h"
 
+#define LINGER_MS      200
+#define LINGER_LOOK_MS 5
+
 /* ---- register ---- */
 
 /* Where registered files go: a directory of the namespace, or one that is being built and gets its name at the end. */
@@ -276,7 +279,8 @@ struct sweep {
     struct control_call *call;
     int (*one)(struct sweep *sweep, const struct model_id *version);
     bool force;
-    uint64_t files, bytes, touched, failed;
+    uint64_t files, bytes, touched, failed, inplace;
+    bool open; /* what refused to be evicted is open here */
     int error; /* the first, and whose it was */
     char path[MODEL_PATH_MAX + 1];
 };
@@ -297,23 +301,47 @@ static int sweep_visit(void *arg, const char *path, const struct model_entry *en
     return 0;
 }
 
-static int evict_one(struct sweep *sweep, const struct model_id *version)
+static int evict_once(struct sweep *sweep, const struct model_id *version)
 {
     struct control *control = sweep->call->control;
-    struct engine_info info;
-    uint64_t here = 0;
-    if (engine_info(control->house->engine, version, &info) == 0)
-        here = info.resident;
     struct control_wait *wait = control_wait_new(control, NULL, NULL);
     if (!wait)
         return -ENOMEM;
     int rc = engine_evict(control->house->engine, version, sweep->force, control_wait_engine, wait);
-    rc = control_wait_end(wait, rc);
+    return control_wait_end(wait, rc);
+}
+
+/* A pull that has ended holds its file for a moment longer. */
+static bool pull_lingers(const struct control *control, unsigned waited_ms)
+{
+    struct engine_stats stats;
+    engine_stats(control->house->engine, &stats);
+    if (stats.pulls_running == 0 || waited_ms >= LINGER_MS)
+        return false;
+    struct timespec pause = {.tv_nsec = LINGER_LOOK_MS * 1000000L};
+    nanosleep(&pause, NULL);
+    return true;
+}
+
+static int evict_one(struct sweep *sweep, const struct model_id *version)
+{
+    struct control *control = sweep->call->control;
+    struct engine_info info = {.state = ENGINE_REMOTE};
+    engine_info(control->house->engine, version, &info);
+    if (info.state == ENGINE_INPLACE || info.state == ENGINE_CHANGED) {
+        sweep->inplace++;
+        return 0;
+    }
+    int rc = evict_once(sweep, version);
+    for (unsigned ms = 0; rc == -EBUSY && pull_lingers(control, ms); ms += LINGER_LOOK_MS)
+        rc = evict_once(sweep, version);
     if (rc == -ENOENT) /* nothing here, which is what was asked for */
         return 0;
+    if (rc == -EBUSY && sweep->failed == 0)
+        sweep->open = engine_info(control->house->engine, version, &info) == 0 && info.open > 0;
     if (rc == 0) {
         sweep->touched++;
-        sweep->bytes += here;
+        sweep->bytes += info.resident;
     }
     return rc;
 }
@@ -333,10 +361,11 @@ static int unpin_one(struct sweep *sweep, const struct model_id *version)
 
 static const char *sweep_why(const struct sweep *sweep)
 {
+    if (sweep->one == evict_one && sweep->error == -EBUSY && sweep->open)
+        return "it is open on this node: close its readers first";
     if (sweep->one == evict_one && sweep->error == -EBUSY)
-        return sweep->force ? "it is open on this node: close its readers first"
-                            : "it is open on this node, or no other live node holds all of it "
-                              "(--force drops a last copy)";
+        return sweep->force ? "it is being pulled or read by peers: try again in a moment"
+                            : "no other live node holds all of it (--force drops a last copy)";
     if (sweep->one == evict_one && sweep->error == -EPERM)
         return "it is pinned: p2pfs unpin it first";
     return control_why(sweep->error);
@@ -358,7 +387,12 @@ static void sweep_run(struct control_call *call, const char *verb,
     sweep->one = one;
     sweep->force = json_true(call->request, "force");
     int rc = control_walk(call->control, &top, name, sweep_visit, sweep);
-    if (rc < 0) {
+    if (rc == 0 && top.kind == MODEL_FILE && sweep->inplace > 0) {
+        control_fail(call, -EINVAL,
+                     "cannot %s '%s': it is registered where it lies; unregister it, "
+                     "or leave it",
+                     verb, name);
+    } else if (rc < 0) {
         control_fail(call, rc, "cannot %s '%s': %s", verb, name, control_why(rc));
     } else if (sweep->failed > 0) {
         control_fail(call, sweep->error, "cannot %s '%s' (%llu of %llu files): %s", verb,

@@ -35,7 +35,7 @@ def failed(done, *words):
 
 
 def entries(node, *words):
-    return {entry["name"]: entry for entry in answer(node, "ls", *words)["entries"]}
+    return {entry["name"]: entry for entry in answer(node, "ls", *(words or [""]))["entries"]}
 
 
 def ask(node, request):
@@ -351,7 +351,7 @@ def test_evict_spares_open_and_pinned_files(two, source):
     b.cli("pull", "ckpt")
     with open(b.path("ckpt/model.safetensors"), "rb") as model:
         model.read(10)
-        failed(b.cli("evict", "--force", "ckpt/model.safetensors", check=False), "open")
+        failed(b.cli("evict", "--force", "ckpt/model.safetensors", check=False), "it is open")
     b.cli("pin", "ckpt")
     assert answer(b, "info", "ckpt/config.json")["pinned"]
     assert "complete,pinned" in b.cli("ls", "ckpt").stdout
@@ -359,6 +359,23 @@ def test_evict_spares_open_and_pinned_files(two, source):
     b.cli("unpin", "ckpt")
     eventually(lambda: b.cli("evict", "ckpt", check=False).returncode == 0, 3)
     assert answer(b, "info", "ckpt")["resident"] == 0
+
+
+def test_evict_right_after_a_pull(two, source):
+    a, b = two
+    shutil.copy(source / "model.safetensors", a.path("m"))
+    eventually(lambda: b.path("m").exists(), 2)
+    for _ in range(5):
+        b.cli("pull", "m")
+        assert b.cli("evict", "m").stdout.startswith("evicted 1 files")
+
+
+def test_evict_leaves_files_that_lie_elsewhere(two, source):
+    a, _ = two
+    run_p2pfs("register", source, a.path("tree"))
+    failed(a.cli("evict", "--force", "tree/config.json", check=False), "registered where it lies")
+    assert a.cli("evict", "tree").stdout == "evicted 0 files, 0 B\n"
+    assert a.path("tree/config.json").read_text() == "{}\n"
 
 
 # -- wait
