@@ -81,14 +81,15 @@ struct wire_message {
     struct model_id version; /* ATTACH */
     bool complete;           /* ATTACHED */
     uint32_t count;          /* ATTACHED: shards of the version; DIGESTS, HAVE: items */
-    const uint8_t *bitmap;   /* ATTACHED, not complete: (count + 7) / 8 bytes, bit k % 8 of byte k / 8 */
-    uint32_t first;          /* DIGESTS */
-    uint8_t digest_size;     /* DIGESTS, GRANT */
-    const uint8_t *digests;  /* DIGESTS: count * digest_size bytes; GRANT: one, or digest_size 0 */
-    const uint8_t *shards;   /* HAVE: count big-endian u32 */
-    uint32_t shard;          /* ASK */
-    bool urgent;             /* ASK */
-    uint64_t length;         /* GRANT */
+    const uint8_t
+        *bitmap;    /* ATTACHED, not complete: (count + 7) / 8 bytes, bit k % 8 of byte k / 8 */
+    uint32_t first; /* DIGESTS */
+    uint8_t digest_size;    /* DIGESTS, GRANT */
+    const uint8_t *digests; /* DIGESTS: count * digest_size bytes; GRANT: one, or digest_size 0 */
+    const uint8_t *shards;  /* HAVE: count big-endian u32 */
+    uint32_t shard;         /* ASK */
+    bool urgent;            /* ASK */
+    uint64_t length;        /* GRANT */
     struct transport_descriptor descriptor; /* GRANT */
     uint32_t retry_ms;                      /* BUSY */
     enum wire_reason reason;                /* GONE */
