@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 #define META_DEADLINE_MS 3000
-#define META_URL_MAX 4096
+#define META_URL_MAX     4096
 
 struct meta_store;
 
@@ -42,7 +42,8 @@ struct meta_write {
     enum meta_action action;
     const char *key;
     const char *value; /* META_PUT */
-    uint64_t lease;    /* META_PUT: 0, or a lease with which the key disappears; -ENOENT: it has ended */
+    uint64_t
+        lease; /* META_PUT: 0, or a lease with which the key disappears; -ENOENT: it has ended */
 };
 
 /* All compares hold and all writes happen, or nothing happens (-EAGAIN). Borrowed until return. At most 64 compares
@@ -79,7 +80,8 @@ struct meta_ops {
 
     /* Calls `each` for every key that begins with `prefix`, in key order; *revision: the state that was listed, and
      * where a change feed can start. */
-    int (*list)(struct meta_store *store, const char *prefix, meta_event_fn each, void *arg, uint64_t *revision);
+    int (*list)(struct meta_store *store, const char *prefix, meta_event_fn each, void *arg,
+                uint64_t *revision);
     int (*txn)(struct meta_store *store, struct meta_txn *txn);
 
     /* A lease ends when it has not been renewed for ttl_ms, whatever became of its owner, and its keys go with it
@@ -92,8 +94,8 @@ struct meta_ops {
      * `wake_fd` (an eventfd, not read here; or -1) became readable. Calls `each` for every change in order, once for
      * each revision and key (changes of one key may be folded into the last), then sets *revision. 0 also when
      * nothing changed. -ESTALE: changes may have been missed; list again. */
-    int (*wait)(struct meta_store *store, const char *prefix, uint64_t *revision, uint32_t timeout_ms, int wake_fd,
-                meta_event_fn each, void *arg);
+    int (*wait)(struct meta_store *store, const char *prefix, uint64_t *revision,
+                uint32_t timeout_ms, int wake_fd, meta_event_fn each, void *arg);
 };
 
 /* Every store begins with this, so that the calls below find its backend. */
@@ -117,5 +119,6 @@ int meta_unlock(struct meta_store *store, const char *name, uint64_t token);
 
 /* The backends, each in a file of its own. */
 extern const struct meta_ops meta_local_ops;
+extern const struct meta_ops meta_redis_ops;
 
 #endif
