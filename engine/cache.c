@@ -12,6 +12,7 @@
 #include "meta/base/util.h"
 
 #define CACHE_FENCE_MS 10000
+#define CACHE_FREED_MS 1000
 
 /* Lock order: table, then a replica's, then usage. */
 struct cache {
@@ -184,11 +185,11 @@ static bool room_for(struct cache *cache, uint64_t bytes)
 
 /* ---- eviction ---- */
 
-/* Nobody here reads or fills it; lock held. */
+/* Nobody here reads or fills it; lock held. A pull that has all its shards only has to notice. */
 static bool idle(const struct replica *replica)
 {
-    return replica->phase == REPLICA_LIVE && replica->opens == 0 && !replica->pulling &&
-           !replica->waiters;
+    return replica->phase == REPLICA_LIVE && replica->opens == 0 && !replica->waiters &&
+           (!replica->pulling || replica_complete(replica));
 }
 
 static int evict_begin(struct replica *replica)
@@ -237,6 +238,16 @@ static int evict_withdraw(struct engine *engine, struct replica *replica, bool f
     return status == -ENOENT ? 0 : status;
 }
 
+/* Its memory goes with the last reference: lanes drop theirs within a tick. Whoever makes room would otherwise look too
+ * early, and evict another one as well. */
+static void freed_wait(const struct replica *replica)
+{
+    uint64_t deadline = util_now_ms() + CACHE_FREED_MS;
+    while (atomic_load(&replica->references) > 1 && util_now_ms() < deadline) {
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+}
+
 int cache_evict(struct cache *cache, struct replica *replica, bool force)
 {
     struct engine *engine = cache->engine;
@@ -270,6 +281,7 @@ int cache_evict(struct cache *cache, struct replica *replica, bool force)
         }
         if (!wanted && fenced) {
             atomic_fetch_add(&engine->counters.evictions, 1);
+            freed_wait(replica);
             return 0;
         }
         if (wanted || util_now_ms() > deadline) {

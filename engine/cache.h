@@ -34,8 +34,8 @@ void cache_usage(struct cache *cache, uint64_t *limit, uint64_t *used);
 /* How many replicas have bytes here, and how many all of them. */
 void cache_count(struct cache *cache, uint64_t *replicas, uint64_t *complete);
 
-/* Evicts one: withdraw, refuse, wait for the peers that read it, free. `force`: though it may be the last copy.
- * Blocking. 0, -EBUSY, -EPERM (pinned), -EINVAL (registered in place: there is no copy to drop). */
+/* Evicts one: withdraw, refuse, wait for the peers that read it, free. `force`: though it may be the last copy. The
+ * caller holds one reference and no more. Blocking. 0, -EBUSY, -EPERM (pinned), -EINVAL (registered in place: there is no copy to drop). */
 int cache_evict(struct cache *cache, struct replica *replica, bool force);
 /* Drops what nobody needs any more: call when a handle, pull, session or name has gone. No lock held. */
 void cache_retire(struct cache *cache, struct replica *replica);
