@@ -41,7 +41,10 @@ struct supplier {
     uint64_t window_ns; /* rate: the running window's begin and bytes */
     uint64_t window_bytes;
     uint64_t rate;
-    bool blocked; /* the send queue was full */
+    bool blocked;   /* the send queue was full */
+    uint32_t *owed; /* requests whose DONE could not be sent yet (malloc'd) */
+    size_t owed_count;
+    size_t owed_room;
     struct supplier *prev, *next;
 };
 
@@ -145,6 +148,7 @@ static void link_end(struct supplier *s, int error)
     s->state = SUPPLIER_IDLE;
     s->blocked = false;
     s->rate = 0;
+    s->owed_count = 0;
     while (s->requests) {
         struct request *request = s->requests;
         DL_DELETE(s->requests, request);
@@ -308,12 +312,35 @@ int supplier_ask(struct attachment *attachment, struct request *request)
     return 0;
 }
 
+/* The holder keeps a shard lent, and its slot, until it hears DONE: one that cannot be sent now is owed. */
 static void done_send(struct supplier *s, uint32_t id)
 {
     struct wire_message done = {.type = WIRE_DONE, .request = id};
-    if (message_send(s, &done) == -EAGAIN) {
-        /* A holder that never hears it keeps a slot busy; the queue is megabytes long, so it is not listening. */
-        log_debug("peer %s: send queue full, DONE dropped", s->node.name);
+    if (message_send(s, &done) == 0) {
+        return;
+    }
+    if (s->owed_count == s->owed_room) {
+        size_t room = s->owed_room ? s->owed_room * 2 : 16;
+        uint32_t *grown = reallocarray(s->owed, room, sizeof *grown);
+        if (!grown) {
+            log_debug("peer %s: no memory to remember a DONE; it ends the grant by its deadline",
+                      s->node.name);
+            return;
+        }
+        s->owed = grown;
+        s->owed_room = room;
+    }
+    s->owed[s->owed_count++] = id;
+}
+
+static void owed_send(struct supplier *s)
+{
+    while (s->owed_count && !s->blocked) {
+        struct wire_message done = {.type = WIRE_DONE, .request = s->owed[s->owed_count - 1]};
+        if (message_send(s, &done) < 0) {
+            return;
+        }
+        s->owed_count--;
     }
 }
 
@@ -509,6 +536,7 @@ void supplier_writable(struct link *link)
 {
     struct supplier *s = link->user;
     s->blocked = false;
+    owed_send(s);
     struct attachment *attachment;
     struct attachment *next;
     DL_FOREACH_SAFE(s->attachments, attachment, next) {
@@ -535,6 +563,7 @@ static void rate_update(struct supplier *s, uint64_t now)
 static void ready_tick(struct supplier *s, uint64_t now)
 {
     rate_update(s, now);
+    owed_send(s);
     struct attachment *attachment;
     DL_FOREACH(s->attachments, attachment) {
         if (!attachment->handle && !s->blocked) {
@@ -557,6 +586,7 @@ static void supplier_free(struct supplier *s)
 {
     link_end(s, -ESHUTDOWN);
     DL_DELETE(s->lane->suppliers, s);
+    free(s->owed);
     free(s);
 }
 
