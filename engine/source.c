@@ -14,6 +14,7 @@
 #define SOURCE_DEMAND_MAX 64
 #define SOURCE_STALL_NS   1500000000ull /* no byte of a shard for so long: ask somebody else */
 #define SOURCE_STALLED_NS 5000000000ull /* and leave the source alone for so long */
+#define SOURCE_AGAIN_NS   4000000000ull /* where there is nobody else, ask it once more */
 
 /* One peer as a source of one version, on one lane. */
 struct source {
@@ -581,15 +582,18 @@ void source_tick(struct pull *pull, uint64_t now_ns)
                      now_ns >= candidate->stalled_until_ns &&
                      (candidate->bitmap[fill->request.shard / 8] >> (fill->request.shard % 8) & 1);
         }
-        if (!other) {
-            continue; /* nobody better; read_timeout decides */
+        if (!other && now_ns - fill->progress_ns < SOURCE_AGAIN_NS) {
+            continue; /* nobody better */
         }
         uint32_t shard = fill->request.shard;
-        log_info("peer %s: no byte of a shard for %llu ms; asking another",
+        log_info("peer %s: no byte of a shard for %llu ms; asking %s",
                  supplier_node(source->attachment.supplier)->name,
-                 (unsigned long long)((now_ns - fill->progress_ns) / 1000000));
+                 (unsigned long long)((now_ns - fill->progress_ns) / 1000000),
+                 other ? "another" : "again");
         atomic_fetch_add(&supplier_peer(source->attachment.supplier)->failed, 1);
-        source->stalled_until_ns = now_ns + SOURCE_STALLED_NS;
+        if (other) {
+            source->stalled_until_ns = now_ns + SOURCE_STALLED_NS;
+        }
         supplier_cancel(&fill->request);
         fill_free(fill);
         replica_shard_settle(pull->replica, shard, -ETIMEDOUT);
