@@ -53,6 +53,12 @@ struct fresh_files {
     unsigned registering;
 };
 
+uint64_t fresh_size(struct house *house, struct replica *draft)
+{
+    struct engine_info info;
+    return engine_draft_info(house->engine, draft, &info) == 0 ? info.size : 0;
+}
+
 static int64_t now_ns(void)
 {
     struct timespec now;
@@ -306,7 +312,7 @@ void fresh_stat(struct house *house, struct inode *inode, struct stat *out)
 {
     struct fresh *draft = inode->draft;
     pthread_mutex_lock(&house->fresh->lock);
-    uint64_t size = draft->replica == NULL ? 0 : replica_size(draft->replica);
+    uint64_t size = draft->replica == NULL ? 0 : fresh_size(house, draft->replica);
     inode_stat_fill(INODE_FILE, inode->key.id, &draft->attr, size, draft->name != NULL, out);
     pthread_mutex_unlock(&house->fresh->lock);
 }

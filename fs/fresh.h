@@ -46,6 +46,8 @@ bool fresh_any(struct house *house, uint64_t parent);
 /* Whether the inode is a draft still: neither registered nor made by the catalog. */
 bool fresh_is(struct house *house, const struct inode *inode);
 void fresh_stat(struct house *house, struct inode *inode, struct stat *out);
+/* Of the bytes behind a draft, as written or as registered. */
+uint64_t fresh_size(struct house *house, struct replica *draft);
 void fresh_setattr(struct house *house, struct inode *inode, unsigned mask,
                    const struct model_attr *attr);
 /* -EROFS: registered already. */

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
@@ -116,8 +117,8 @@ static int check_mounts(const char *dir, const char *absolute, char **error)
     struct mount_line mount;
     int rc = 0;
     if (topmost(absolute, &mount) && strncmp(mount.type, "fuse", 4) == 0) {
-        struct stat st;
-        if (stat(absolute, &st) != 0 && (errno == ENOTCONN || errno == ECONNABORTED))
+        struct statvfs st; /* never from a cache, as attributes of the root may be */
+        if (statvfs(absolute, &st) != 0 && (errno == ENOTCONN || errno == ECONNABORTED))
             rc = refuse(error, -ENOTCONN, dir,
                         "a dead mount is left there (its process ended without unmounting); "
                         "umount -l it first");

@@ -20,7 +20,6 @@ struct parking {
     pthread_cond_t empty;
     struct handle *handles;
     struct parked *reads;
-    pthread_key_t scratch; /* a buffer for each thread that answers reads */
 };
 
 /* A read that may have to wait. It is answered once, by whoever takes it out of its phase:
@@ -49,11 +48,6 @@ int parking_open(struct house *house, struct parking **out)
     struct parking *parking = calloc(1, sizeof(*parking));
     if (parking == NULL)
         return -ENOMEM;
-    int rc = -pthread_key_create(&parking->scratch, free);
-    if (rc != 0) {
-        free(parking);
-        return rc;
-    }
     parking->house = house;
     pthread_mutex_init(&parking->lock, NULL);
     pthread_cond_init(&parking->empty, NULL);
@@ -67,7 +61,6 @@ void parking_close(struct parking *parking)
         return;
     while (parking->handles != NULL)
         read_handle_free(parking->house, parking->handles);
-    pthread_key_delete(parking->scratch);
     pthread_cond_destroy(&parking->empty);
     pthread_mutex_destroy(&parking->lock);
     free(parking);
@@ -185,18 +178,31 @@ void read_release(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
 
 /* ---- reading ---- */
 
-/* Room for one read on this thread, for files that are read where they lie. */
-static void *scratch(struct parking *parking, size_t length)
+/* One buffer for each thread that has answered a read, freed with the thread. The key is the
+ * process's, because the engine's threads outlive the parking. */
+static pthread_key_t scratch_key;
+static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
+
+static void scratch_make_key(void)
+{
+    if (pthread_key_create(&scratch_key, free) != 0)
+        abort(); /* a process has 1024 of them */
+}
+
+/* Room for one read on this thread, for bytes that cannot be lent. */
+static void *scratch(size_t length)
 {
     struct {
         size_t size;
         char bytes[];
-    } *buffer = pthread_getspecific(parking->scratch);
+    } *buffer;
+    pthread_once(&scratch_once, scratch_make_key);
+    buffer = pthread_getspecific(scratch_key);
     if (buffer == NULL || buffer->size < length) {
         free(buffer);
         size_t size = length < INODE_BLOCK ? INODE_BLOCK : length;
         buffer = malloc(sizeof(*buffer) + size);
-        pthread_setspecific(parking->scratch, buffer);
+        pthread_setspecific(scratch_key, buffer);
         if (buffer == NULL)
             return NULL;
         buffer->size = size;
@@ -208,7 +214,7 @@ static void *scratch(struct parking *parking, size_t length)
 static void answer(struct house *house, fuse_req_t req, struct replica *replica, uint64_t offset,
                    size_t length)
 {
-    void *room = scratch(house->parking, length);
+    void *room = scratch(length);
     const void *bytes = NULL;
     int rc =
         room == NULL ? -ENOMEM : engine_bytes(house->engine, replica, offset, length, room, &bytes);
@@ -332,7 +338,8 @@ void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
         return;
     }
     struct handle *handle = (struct handle *)(uintptr_t)fi->fh;
-    uint64_t whole = replica_size(handle->replica);
+    uint64_t whole =
+        handle->draft ? fresh_size(house, handle->replica) : replica_size(handle->replica);
     if ((uint64_t)offset >= whole) {
         fuse_reply_buf(req, NULL, 0);
         return;

@@ -176,7 +176,7 @@ void write_fallocate(fuse_req_t req, fuse_ino_t nodeid, int mode, off_t offset, 
         rc = -EROFS;
     else if (mode != 0 && mode != FALLOC_FL_KEEP_SIZE)
         rc = -EOPNOTSUPP;
-    else if (mode == 0 && (uint64_t)offset + (uint64_t)length > replica_size(handle->replica))
+    else if (mode == 0 && (uint64_t)offset + (uint64_t)length > fresh_size(house, handle->replica))
         rc = fresh_truncate(house, inode, (uint64_t)offset + (uint64_t)length);
     reply_status(req, rc);
 }
