@@ -40,6 +40,10 @@ struct engine {
         background; /* jobs and catalog calls of ours under way; engine_close waits for them */
 };
 
+/* The shard size that a new version of so many bytes gets: shard_size=, or auto; larger where there would be more
+ * shards than a peer can be told of. */
+uint32_t core_shard_size(const struct engine *engine, uint64_t size);
+
 /* Brackets whatever will call back later and uses the engine then. */
 void core_hold(struct engine *engine);
 void core_release(struct engine *engine);

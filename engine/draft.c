@@ -496,32 +496,9 @@ static int shard_digest(struct replica *r, uint32_t shard, uint8_t *buffer, uint
     return 0;
 }
 
-/* Everything that a complete replica has: size, shards, states, digests, root. No writer is left. */
-static int seal(struct replica *r)
+/* Digests of all shards and the root. No writer is left, so leaves need no lock. */
+static int seal_digests(struct replica *r, uint8_t *buffer)
 {
-    struct draft *d = r->draft;
-    struct model_version *version = &r->version;
-    if (ftruncate(r->fd, (off_t)d->size) < 0) {
-        return -errno;
-    }
-    version->size = d->size;
-    version->shard_size =
-        r->engine->config.shard_size ? r->engine->config.shard_size : model_shard_auto(d->size);
-    r->shards = model_shard_count(d->size, version->shard_size);
-    if (r->shards) {
-        int status = storage_map(r->fd, version->size, &r->map);
-        if (status < 0) {
-            return status;
-        }
-    }
-    r->states = calloc(r->shards + 1, sizeof *r->states);
-    if (!r->states || replica_digests_room(r) < 0) {
-        return -ENOMEM;
-    }
-    util_autofree uint8_t *buffer = malloc(d->leaf_size);
-    if (!buffer) {
-        return -ENOMEM;
-    }
     for (uint32_t k = 0; k < r->shards; k++) {
         uint8_t digest[MODEL_DIGEST_MAX];
         int status = shard_digest(r, k, buffer, digest);
@@ -533,10 +510,43 @@ static int seal(struct replica *r)
         r->states[k] = SPREAD_PRESENT;
         pthread_mutex_unlock(&r->lock);
     }
+    digest_root(r->digest, r->version.size, r->version.shard_size, r->digests, r->shards,
+                r->version.root);
+    return 0;
+}
+
+/* Everything that a complete replica has: size, shards, states, digests, root. */
+static int seal(struct replica *r)
+{
+    struct draft *d = r->draft;
+    struct model_version *version = &r->version;
+    if (ftruncate(r->fd, (off_t)d->size) < 0) {
+        return -errno;
+    }
+    version->size = d->size;
+    version->shard_size = core_shard_size(r->engine, d->size);
+    r->shards = model_shard_count(d->size, version->shard_size);
+    if (r->shards) {
+        int status = storage_map(r->fd, version->size, &r->map);
+        if (status < 0) {
+            return status;
+        }
+    }
+    r->states = calloc(r->shards + 1, sizeof *r->states);
+    if (!r->states || replica_digests_room(r) < 0) {
+        return -ENOMEM;
+    }
+    uint8_t *buffer = malloc(d->leaf_size);
+    if (!buffer) {
+        return -ENOMEM;
+    }
+    int status = seal_digests(r, buffer);
+    free(buffer);
+    if (status < 0) {
+        return status;
+    }
     atomic_store(&r->present, r->shards);
     atomic_store(&r->resident, version->size);
-    digest_root(r->digest, version->size, version->shard_size, r->digests, r->shards,
-                version->root);
     version->sealed = true;
     atomic_store(&r->all_known, true);
     return 0;

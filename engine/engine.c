@@ -16,6 +16,7 @@
 #include "engine/pull.h"
 #include "engine/register.h"
 #include "engine/storage.h"
+#include "engine/wire.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -31,6 +32,16 @@ void core_hold(struct engine *engine)
 void core_release(struct engine *engine)
 {
     atomic_fetch_sub(&engine->background, 1);
+}
+
+uint32_t core_shard_size(const struct engine *engine, uint64_t size)
+{
+    uint32_t shard_size =
+        engine->config.shard_size ? engine->config.shard_size : model_shard_auto(size);
+    while (model_shard_count(size, shard_size) > WIRE_SHARDS_MAX) {
+        shard_size *= 2;
+    }
+    return shard_size;
 }
 
 /* ---- opening and closing ---- */
@@ -355,6 +366,7 @@ bool engine_read_cancel(struct engine *engine, struct engine_waiter *waiter)
     pthread_mutex_lock(&replica->lock);
     bool ours = waiter->parked;
     if (ours) {
+        /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a list with a member has a head */
         DL_DELETE(replica->waiters, waiter);
         waiter->parked = false;
         atomic_fetch_sub(&engine->counters.readers_waiting, 1);

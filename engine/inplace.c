@@ -96,8 +96,7 @@ int inplace_open(struct replica *replica)
     }
     pthread_mutex_lock(&replica->lock);
     if (replica->fd < 0) {
-        replica->fd = fd;
-        fd = -1;
+        replica->fd = util_fd_take(&fd);
     }
     pthread_mutex_unlock(&replica->lock);
     return 0;
@@ -150,29 +149,36 @@ int inplace_read(struct replica *replica, uint64_t offset, size_t length, void *
 
 /* ---- digests ---- */
 
-static int shard_hash(struct replica *replica, uint32_t shard)
+/* Reads a shard and digests it leaf by leaf; `leaves` has room for their digests, `buffer` for one leaf. */
+static int shard_read(struct replica *replica, uint32_t shard, uint8_t *buffer, uint8_t *leaves,
+                      uint8_t *digest)
 {
     uint64_t offset = replica_shard_offset(replica, shard);
     uint64_t length = replica_shard_size(replica, shard);
-    size_t leaves = (length + DIGEST_LEAF - 1) / DIGEST_LEAF;
-    size_t digest_size = replica->digest->size;
-    util_autofree uint8_t *buffer = malloc(DIGEST_LEAF);
-    util_autofree uint8_t *digests = malloc(leaves * digest_size);
-    if (!buffer || !digests) {
-        return -ENOMEM;
-    }
-    for (size_t i = 0; i < leaves; i++) {
-        size_t piece =
-            length - i * DIGEST_LEAF < DIGEST_LEAF ? length - i * DIGEST_LEAF : DIGEST_LEAF;
-        int status = read_whole(replica->fd, buffer, piece, offset + i * DIGEST_LEAF);
+    size_t count = 0;
+    for (uint64_t at = 0; at < length; at += DIGEST_LEAF) {
+        size_t piece = length - at < DIGEST_LEAF ? length - at : DIGEST_LEAF;
+        int status = read_whole(replica->fd, buffer, piece, offset + at);
         if (status < 0) {
             return status;
         }
-        replica->digest->hash(buffer, piece, digests + i * digest_size);
+        replica->digest->hash(buffer, piece, leaves + count++ * replica->digest->size);
     }
+    digest_shard_from_leaves(replica->digest, leaves, count, digest);
+    return check_path(replica);
+}
+
+static int shard_hash(struct replica *replica, uint32_t shard)
+{
+    size_t leaves = (replica_shard_size(replica, shard) + DIGEST_LEAF - 1) / DIGEST_LEAF;
+    size_t digest_size = replica->digest->size;
     uint8_t digest[MODEL_DIGEST_MAX];
-    digest_shard_from_leaves(replica->digest, digests, leaves, digest);
-    int status = check_path(replica);
+    uint8_t *buffer = malloc(DIGEST_LEAF + leaves * digest_size);
+    if (!buffer) {
+        return -ENOMEM;
+    }
+    int status = shard_read(replica, shard, buffer, buffer + DIGEST_LEAF, digest);
+    free(buffer);
     if (status < 0) {
         return status;
     }
@@ -334,8 +340,7 @@ int inplace_version(struct engine *engine, const char *path, struct model_versio
                                       .origin_boot = engine->config.boot,
                                       .origin_ino = st.st_ino,
                                       .origin_mtime_ns = mtime_ns(&st)};
-    version->shard_size =
-        engine->config.shard_size ? engine->config.shard_size : model_shard_auto(version->size);
+    version->shard_size = core_shard_size(engine, version->size);
     snprintf(version->origin_node, sizeof version->origin_node, "%s", engine->config.node);
     version->origin_path = strdup(path);
     if (!version->origin_path) {

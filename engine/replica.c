@@ -91,8 +91,7 @@ int replica_storage_open(struct replica *replica)
         return status;
     }
     replica->map = map;
-    replica->fd = fd;
-    fd = -1;
+    replica->fd = util_fd_take(&fd);
     return 0;
 }
 
@@ -194,6 +193,7 @@ static struct engine_waiter *waiters_detach(struct replica *replica, bool all)
     struct engine_waiter *next;
     DL_FOREACH_SAFE(replica->waiters, waiter, next) {
         if (all || replica_range_present(replica, waiter->first, waiter->last)) {
+            /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a list with a member has a head */
             DL_DELETE(replica->waiters, waiter);
             waiter->parked = false;
             waiter->next = NULL;

@@ -71,6 +71,7 @@ static int message_send(struct session *s, const struct wire_message *message)
 
 static void grant_end(struct session *s, struct grant *grant)
 {
+    /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->grants, grant);
     if (grant->exposed) {
         s->lane->transport->ops->unexpose(s->link, grant->request);
@@ -86,6 +87,7 @@ static void grant_end(struct session *s, struct grant *grant)
 static void follow_end(struct session *s, struct follow *follow)
 {
     struct replica *replica = follow->replica;
+    /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->follows, follow);
     pthread_mutex_lock(&replica->lock);
     replica->users--;

@@ -6,15 +6,18 @@
 #include <utlist.h>
 
 #include "engine/cache.h"
+#include "engine/storage.h"
 #include "engine/supplier.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define SOURCE_MAX        16
-#define SOURCE_DEMAND_MAX 64
-#define SOURCE_STALL_NS   1500000000ull /* no byte of a shard for so long: ask somebody else */
-#define SOURCE_STALLED_NS 5000000000ull /* and leave the source alone for so long */
-#define SOURCE_AGAIN_NS   4000000000ull /* where there is nobody else, ask it once more */
+#define SOURCE_MAX            16
+#define SOURCE_DEMAND_MAX     64
+#define SOURCE_POPULATE_STEP  (2u << 20)    /* a huge page */
+#define SOURCE_POPULATE_AHEAD (1u << 20)    /* what may land before the lane hears of it */
+#define SOURCE_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
+#define SOURCE_STALLED_NS     5000000000ull /* and leave the source alone for so long */
+#define SOURCE_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
 
 /* One peer as a source of one version, on one lane. */
 struct source {
@@ -38,6 +41,7 @@ struct fill {
     struct source *source;
     struct digest_shard hash;
     uint8_t expected[MODEL_DIGEST_MAX];
+    uint64_t populated; /* bytes from its begin that have their pages */
     uint64_t progress_ns;
     struct fill *prev, *next;
 };
@@ -222,6 +226,26 @@ static struct fill *fill_of(struct request *request)
     return util_container(request, struct fill, request);
 }
 
+/* Gives the bytes that come next their pages, here and now: the zeros that the kernel puts there are still in this
+ * core's cache when the network's bytes replace them, so a page costs little more than its copy. Done ahead, by another
+ * thread, it costs twice that; left to the copy, it costs a fault for each page. */
+static int fill_populate(struct fill *fill)
+{
+    struct replica *replica = fill->source->pull->replica;
+    const struct transport_fetch *fetch = &fill->request.fetch;
+    int status = 0;
+    while (status == 0 && fill->populated < fetch->length &&
+           fill->populated < fetch->landed + SOURCE_POPULATE_AHEAD) {
+        uint64_t left = fetch->length - fill->populated;
+        uint64_t step = left < SOURCE_POPULATE_STEP ? left : SOURCE_POPULATE_STEP;
+        status = storage_populate(
+            replica->map, replica_shard_offset(replica, fill->request.shard) + fill->populated,
+            step);
+        fill->populated += step;
+    }
+    return status;
+}
+
 static bool fill_granted(struct request *request, const uint8_t *digest, size_t digest_size)
 {
     struct fill *fill = fill_of(request);
@@ -238,7 +262,7 @@ static bool fill_granted(struct request *request, const uint8_t *digest, size_t 
         memcpy(fill->expected, replica_digest(replica, request->shard), replica->digest->size);
     }
     pthread_mutex_unlock(&replica->lock);
-    return known;
+    return known && fill_populate(fill) == 0;
 }
 
 static void fill_landed(struct request *request)
@@ -248,6 +272,7 @@ static void fill_landed(struct request *request)
     fill->progress_ns = now;
     fill->source->pull->replica->progress_ns = now;
     digest_shard_advance(&fill->hash, request->fetch.landed);
+    (void)fill_populate(fill); /* a failure shows when the bytes come */
 }
 
 /* A source that failed in this way is left alone for a while. */
@@ -602,8 +627,10 @@ void source_tick(struct pull *pull, uint64_t now_ns)
 
 void source_clear(struct pull *pull)
 {
-    while (pull->sources) {
-        source_remove(pull->sources);
+    struct source *source;
+    struct source *next;
+    DL_FOREACH_SAFE(pull->sources, source, next) {
+        source_remove(source);
     }
 }
 

@@ -39,8 +39,9 @@
 #define WIRE_PROTOCOL    1
 #define WIRE_NONCE       32
 #define WIRE_PROOF       32
-#define WIRE_HAVE_MAX    1024 /* shards in one HAVE */
-#define WIRE_DIGESTS_MAX 1024 /* digests in one DIGESTS */
+#define WIRE_SHARDS_MAX  524160 /* shards of a version: their bitmap fits into one ATTACHED */
+#define WIRE_HAVE_MAX    1024   /* shards in one HAVE */
+#define WIRE_DIGESTS_MAX 1024   /* digests in one DIGESTS */
 
 enum wire_type {
     WIRE_HELLO = 1,

@@ -37,9 +37,11 @@ struct catalog_events {
 struct catalog_config {
     const char *url;
     const char *credentials_file; /* or NULL */
-    struct model_node self;       /* name, boot, locality; the address may be set later by catalog_serve */
-    uint32_t lease_ms;            /* default 10000 */
-    uint32_t orphan_ttl_s;        /* names whose versions nobody has held for so long are removed; 0: never */
+    struct model_node
+        self;          /* name, boot, locality; the address may be set later by catalog_serve */
+    uint32_t lease_ms; /* default 10000 */
+    uint32_t
+        orphan_ttl_s; /* names whose versions nobody has held for so long are removed; 0: never */
     struct catalog_events events;
 };
 
@@ -56,7 +58,8 @@ void catalog_close(struct catalog *catalog);
 /* ---- readers ---- */
 
 /* The entry as a copy (model_entry_clear it). 0, -ENOENT, -ENOMEM. The root has id MODEL_ROOT and name "". */
-int catalog_lookup(struct catalog *catalog, uint64_t parent, const char *name, struct model_entry *out);
+int catalog_lookup(struct catalog *catalog, uint64_t parent, const char *name,
+                   struct model_entry *out);
 int catalog_entry(struct catalog *catalog, uint64_t id, struct model_entry *out);
 /* By path relative to the root ("" or "/": the root); no symbolic link is followed. 0, -ENOENT, -ENOTDIR. */
 int catalog_resolve(struct catalog *catalog, const char *path, struct model_entry *out);
@@ -65,7 +68,8 @@ int catalog_path(struct catalog *catalog, uint64_t id, char *out, size_t size);
 int catalog_version(struct catalog *catalog, const struct model_id *id, struct model_version *out);
 /* Every version that a node registered in place (by the node's name, whatever its incarnation), as borrowed copies. */
 typedef void (*catalog_version_each)(void *arg, const struct model_version *version);
-int catalog_registered(struct catalog *catalog, const char *node, catalog_version_each each, void *arg);
+int catalog_registered(struct catalog *catalog, const char *node, catalog_version_each each,
+                       void *arg);
 /* How many names lead to a version. */
 uint32_t catalog_version_names(struct catalog *catalog, const struct model_id *id);
 /* A live node by name. 0, -ENOENT. */
@@ -99,61 +103,74 @@ bool catalog_single_machine(struct catalog *catalog);
 /* status as above; entry: what the name is now (borrowed; NULL on failure and for removals). */
 typedef void (*catalog_done)(void *arg, int status, const struct model_entry *entry);
 
-#define CATALOG_OVERWRITE 1u  /* publish, rename: may replace a registered file (and rename: a symlink always may be) */
-#define CATALOG_NOREPLACE 2u  /* rename: RENAME_NOREPLACE */
-#define CATALOG_EXCHANGE 4u   /* rename: RENAME_EXCHANGE */
-#define CATALOG_COMPLETE 8u   /* publish, announce: this node holds every shard */
+#define CATALOG_OVERWRITE \
+    1u /* publish, rename: may replace a registered file (and rename: a symlink always may be) */
+#define CATALOG_NOREPLACE 2u /* rename: RENAME_NOREPLACE */
+#define CATALOG_EXCHANGE  4u /* rename: RENAME_EXCHANGE */
+#define CATALOG_COMPLETE  8u /* publish, announce: this node holds every shard */
 
 /* All strings and structs are copied before the call returns. `id` 0: the catalog chooses one. */
-int catalog_mkdir(struct catalog *c, uint64_t parent, const char *name, const struct model_attr *attr,
-                  catalog_done done, void *arg);
+int catalog_mkdir(struct catalog *c, uint64_t parent, const char *name,
+                  const struct model_attr *attr, catalog_done done, void *arg);
 int catalog_symlink(struct catalog *c, uint64_t parent, const char *name, const char *target,
                     const struct model_attr *attr, catalog_done done, void *arg);
 /* Registers a version under a name and announces this node as its holder, in one transaction. */
-int catalog_publish(struct catalog *c, uint64_t parent, const char *name, uint64_t id, const struct model_attr *attr,
-                    const struct model_version *version, unsigned flags, catalog_done done, void *arg);
+int catalog_publish(struct catalog *c, uint64_t parent, const char *name, uint64_t id,
+                    const struct model_attr *attr, const struct model_version *version,
+                    unsigned flags, catalog_done done, void *arg);
 /* Another name, with an id of its own, for what `id` is (a file or symlink): link(2) and copies inside the mount. */
-int catalog_link(struct catalog *c, uint64_t id, uint64_t parent, const char *name, catalog_done done, void *arg);
+int catalog_link(struct catalog *c, uint64_t id, uint64_t parent, const char *name,
+                 catalog_done done, void *arg);
 /* rename(2) of one entry; a directory takes its whole tree along, atomically, whatever its size. A symbolic link or
  * an empty directory may be replaced by its like; a registered file only with CATALOG_OVERWRITE. */
-int catalog_rename(struct catalog *c, uint64_t parent, const char *name, uint64_t new_parent, const char *new_name,
-                   unsigned flags, catalog_done done, void *arg);
+int catalog_rename(struct catalog *c, uint64_t parent, const char *name, uint64_t new_parent,
+                   const char *new_name, unsigned flags, catalog_done done, void *arg);
 /* unlink(2) and rmdir(2). */
-int catalog_unlink(struct catalog *c, uint64_t parent, const char *name, catalog_done done, void *arg);
-int catalog_rmdir(struct catalog *c, uint64_t parent, const char *name, catalog_done done, void *arg);
+int catalog_unlink(struct catalog *c, uint64_t parent, const char *name, catalog_done done,
+                   void *arg);
+int catalog_rmdir(struct catalog *c, uint64_t parent, const char *name, catalog_done done,
+                  void *arg);
 /* A whole tree or one name, at once: the name disappears in one transaction, what was below is cleared afterwards. */
-int catalog_remove_tree(struct catalog *c, uint64_t parent, const char *name, catalog_done done, void *arg);
+int catalog_remove_tree(struct catalog *c, uint64_t parent, const char *name, catalog_done done,
+                        void *arg);
 
-#define CATALOG_SET_MODE 1u
-#define CATALOG_SET_UID 2u
-#define CATALOG_SET_GID 4u
+#define CATALOG_SET_MODE  1u
+#define CATALOG_SET_UID   2u
+#define CATALOG_SET_GID   4u
 #define CATALOG_SET_MTIME 8u
-int catalog_setattr(struct catalog *c, uint64_t id, unsigned mask, const struct model_attr *attr, catalog_done done,
-                    void *arg);
+int catalog_setattr(struct catalog *c, uint64_t id, unsigned mask, const struct model_attr *attr,
+                    catalog_done done, void *arg);
 
 /* A tree registered as a whole, seen by nobody before it is complete: begin gives a directory id that no name leads
  * to; mkdir, symlink and publish below it as usual; attach gives it its name (EEXIST etc.), drop forgets it. */
-int catalog_tree_begin(struct catalog *c, uint64_t *dir, catalog_done done, void *arg); /* *dir is set on return */
+int catalog_tree_begin(struct catalog *c, uint64_t *dir, catalog_done done,
+                       void *arg); /* *dir is set on return */
 int catalog_tree_attach(struct catalog *c, uint64_t dir, uint64_t parent, const char *name,
                         const struct model_attr *attr, catalog_done done, void *arg);
 int catalog_tree_drop(struct catalog *c, uint64_t dir, catalog_done done, void *arg);
 
 /* Stores the root (MODEL_DIGEST_MAX bytes, as in struct model_version) of a version registered in place. -ENOENT: the
  * version is gone; -EEXIST: it has another root. */
-int catalog_seal(struct catalog *c, const struct model_id *version, const uint8_t *root, catalog_done done, void *arg);
+int catalog_seal(struct catalog *c, const struct model_id *version, const uint8_t *root,
+                 catalog_done done, void *arg);
 
 /* This node holds bytes of the version from now on (flags: CATALOG_COMPLETE, all of them). Idempotent; repeated by
  * the catalog itself after an outage until withdrawn. */
-int catalog_announce(struct catalog *c, const struct model_id *version, unsigned flags, catalog_done done, void *arg);
+int catalog_announce(struct catalog *c, const struct model_id *version, unsigned flags,
+                     catalog_done done, void *arg);
 /* No longer. `keep_other`: only if another live node holds the version completely; -EBUSY otherwise, and the
  * announcement stands. Atomic, so two nodes never withdraw the last two copies at once. */
-int catalog_withdraw(struct catalog *c, const struct model_id *version, bool keep_other, catalog_done done, void *arg);
+int catalog_withdraw(struct catalog *c, const struct model_id *version, bool keep_other,
+                     catalog_done done, void *arg);
 
 /* Who holds a version, this node not included: live nodes only. `holders` is borrowed during the call. */
-typedef void (*catalog_holders_done)(void *arg, int status, const struct model_holder *holders, size_t count);
-int catalog_holders(struct catalog *c, const struct model_id *version, catalog_holders_done done, void *arg);
+typedef void (*catalog_holders_done)(void *arg, int status, const struct model_holder *holders,
+                                     size_t count);
+int catalog_holders(struct catalog *c, const struct model_id *version, catalog_holders_done done,
+                    void *arg);
 /* Holder counts of all versions in one listing, for `ls` and status: each(version, holders, complete). */
-typedef void (*catalog_census_each)(void *arg, const struct model_id *version, uint32_t holders, uint32_t complete);
+typedef void (*catalog_census_each)(void *arg, const struct model_id *version, uint32_t holders,
+                                    uint32_t complete);
 int catalog_census(struct catalog *c, catalog_census_each each, catalog_done done, void *arg);
 
 /* Waits in the calling thread for one change: pass catalog_sync_done and a struct catalog_sync as arg, then call

@@ -22,14 +22,14 @@
 
 #include "meta/model.h"
 
-#define CODEC_FORMAT 1
+#define CODEC_FORMAT  1
 #define CODEC_KEY_MAX 1024
-#define CODEC_TREE "t/"
+#define CODEC_TREE    "t/"
 #define CODEC_HOLDERS "h/"
 
-#define CODEC_RENAMES "t/r"
+#define CODEC_RENAMES  "t/r"
 #define CODEC_INSTANCE "t/i"
-#define CODEC_PLAIN "{\"v\":1}" /* a record that says only that it is there */
+#define CODEC_PLAIN    "{\"v\":1}" /* a record that says only that it is there */
 
 enum codec_kind { CODEC_OTHER, CODEC_ENTRY, CODEC_DIR, CODEC_VERSION, CODEC_NODE, CODEC_HOLDER };
 
@@ -43,7 +43,8 @@ struct codec_key {
 int codec_key_parse(const char *key, struct codec_key *out); /* -EBADMSG */
 
 void codec_key_entry(uint64_t parent, const char *name, char out[CODEC_KEY_MAX]);
-void codec_key_children(uint64_t parent, char out[CODEC_KEY_MAX]); /* the prefix of a directory's entries */
+void codec_key_children(uint64_t parent,
+                        char out[CODEC_KEY_MAX]); /* the prefix of a directory's entries */
 void codec_key_dir(uint64_t id, char out[CODEC_KEY_MAX]);
 void codec_key_version(const struct model_id *id, char out[CODEC_KEY_MAX]);
 void codec_key_node(const char *node, char out[CODEC_KEY_MAX]);
@@ -51,7 +52,8 @@ void codec_key_holder(const struct model_id *version, const char *node, char out
 void codec_key_holders(const struct model_id *version, char out[CODEC_KEY_MAX]); /* prefix */
 
 char *codec_entry_encode(const struct model_entry *entry);
-int codec_entry_decode(const char *json, struct model_entry *out); /* parent and name come from the key */
+int codec_entry_decode(const char *json,
+                       struct model_entry *out); /* parent and name come from the key */
 /* stager: the node that is still filling a directory that has no name yet; NULL (decoded: an empty name) otherwise. */
 char *codec_dir_encode(const struct model_node *stager);
 int codec_dir_decode(const char *json, struct model_node *stager); /* name and boot */
@@ -63,6 +65,7 @@ int codec_version_decode(const char *json, struct model_version *out);
 char *codec_node_encode(const struct model_node *node);
 int codec_node_decode(const char *json, struct model_node *out);
 char *codec_holder_encode(const struct model_holder *holder);
-int codec_holder_decode(const char *json, struct model_holder *out); /* node.name, node.boot, complete */
+int codec_holder_decode(const char *json,
+                        struct model_holder *out); /* node.name, node.boot, complete */
 
 #endif

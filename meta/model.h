@@ -10,19 +10,19 @@
 #include <sys/types.h>
 #include <time.h>
 
-#define MODEL_NAME_MAX 255            /* bytes of one path component */
-#define MODEL_PATH_MAX 4095           /* bytes of a whole name below the mount */
-#define MODEL_NODE_MAX 255            /* bytes of a node's name */
+#define MODEL_NAME_MAX    255         /* bytes of one path component */
+#define MODEL_PATH_MAX    4095        /* bytes of a whole name below the mount */
+#define MODEL_NODE_MAX    255         /* bytes of a node's name */
 #define MODEL_ADDRESS_MAX 271         /* "[v6]:port" or "host:port" */
-#define MODEL_ROOT 1ull               /* id of the root directory */
-#define MODEL_SHARD_MIN (64u << 10)   /* smallest shard_size= that is accepted */
-#define MODEL_SHARD_MAX (1u << 30)    /* largest */
-#define MODEL_SHARD_STEP 4096u        /* a shard size is a multiple of this */
-#define MODEL_AUTO_MIN (1u << 20)     /* shard_size=auto: size / 256 within these */
-#define MODEL_AUTO_MAX (64u << 20)
-#define MODEL_SIZE_MAX (1ull << 45)   /* 32 TiB a file, so that a shard map stays below 64 KiB */
-#define MODEL_SHARDS_MAX (1u << 22)   /* shards of a file, so that its map stays below 512 KiB */
-#define MODEL_DIGEST_MAX 32           /* bytes of the longest digest */
+#define MODEL_ROOT        1ull        /* id of the root directory */
+#define MODEL_SHARD_MIN   (64u << 10) /* smallest shard_size= that is accepted */
+#define MODEL_SHARD_MAX   (1u << 30)  /* largest */
+#define MODEL_SHARD_STEP  4096u       /* a shard size is a multiple of this */
+#define MODEL_AUTO_MIN    (1u << 20)  /* shard_size=auto: size / 256 within these */
+#define MODEL_AUTO_MAX    (64u << 20)
+#define MODEL_SIZE_MAX    (1ull << 45) /* 32 TiB a file, so that a shard map stays below 64 KiB */
+#define MODEL_SHARDS_MAX  (1u << 22)   /* shards of a file, so that its map stays below 512 KiB */
+#define MODEL_DIGEST_MAX  32           /* bytes of the longest digest */
 
 /* A version's id: 128 random bits, written as 32 hex digits. */
 struct model_id {
@@ -72,12 +72,12 @@ struct model_version {
     uint64_t size;
     uint32_t shard_size;
     enum model_digest digest;
-    bool sealed;                         /* root is known */
+    bool sealed; /* root is known */
     uint8_t root[MODEL_DIGEST_MAX];
     char origin_node[MODEL_NODE_MAX + 1]; /* the node that registered it */
     uint64_t origin_boot;
-    char *origin_path;                   /* registered in place: the file on that node; NULL otherwise */
-    uint64_t origin_ino;                 /* in place: what the file was when it was registered */
+    char *origin_path;   /* registered in place: the file on that node; NULL otherwise */
+    uint64_t origin_ino; /* in place: what the file was when it was registered */
     int64_t origin_mtime_ns;
     uint64_t revision;
 };
@@ -91,17 +91,18 @@ uint64_t model_shard_length(uint64_t size, uint32_t shard_size, uint32_t shard);
 /* A node that is up: a leased record. */
 struct model_node {
     char name[MODEL_NODE_MAX + 1];
-    uint64_t boot;                      /* random, new at every mount: names carry incarnations */
+    uint64_t boot;                       /* random, new at every mount: names carry incarnations */
     char address[MODEL_ADDRESS_MAX + 1]; /* where peers reach it over TCP */
-    char locality[MODEL_NODE_MAX + 1];  /* "zone/rack" or "" */
-    char host[65];                      /* the machine's boot id and pid namespace, to tell a dead local process */
+    char locality[MODEL_NODE_MAX + 1];   /* "zone/rack" or "" */
+    char host[65]; /* the machine's boot id and pid namespace, to tell a dead local process */
     int32_t pid;
     uint64_t revision;
 };
 
 /* A node on a version: a leased record. Which shards it has travels between peers, not here. */
 struct model_holder {
-    struct model_node node; /* name and boot from the record, the rest looked up among the live nodes */
+    struct model_node
+        node; /* name and boot from the record, the rest looked up among the live nodes */
     bool complete;
     uint64_t revision;
 };

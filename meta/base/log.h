@@ -19,8 +19,8 @@ int log_level_parse(const char *word, enum log_level *level);
 
 void log_say(enum log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));
 #define log_error(...) log_say(LOG_ERROR, __VA_ARGS__)
-#define log_warn(...) log_say(LOG_WARN, __VA_ARGS__)
-#define log_info(...) log_say(LOG_INFO, __VA_ARGS__)
+#define log_warn(...)  log_say(LOG_WARN, __VA_ARGS__)
+#define log_info(...)  log_say(LOG_INFO, __VA_ARGS__)
 #define log_debug(...) log_say(LOG_DEBUG, __VA_ARGS__)
 
 /* A copy of the newest lines (about 64 KiB, oldest first), NUL-terminated; the caller frees it. NULL: out of memory. */

@@ -7,13 +7,21 @@
 #include <stdint.h>
 
 #define util_container(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
-#define util_count(array) (sizeof(array) / sizeof((array)[0]))
+#define util_count(array)                     (sizeof(array) / sizeof((array)[0]))
 
 /* Scoped cleanup: `util_autofree char *s = ...;` `util_autoclose int fd = -1;` */
 void util_free_pointer(void *pointer_to_pointer);
 void util_close_fd(const int *fd);
-#define util_autofree __attribute__((cleanup(util_free_pointer)))
+#define util_autofree  __attribute__((cleanup(util_free_pointer)))
 #define util_autoclose __attribute__((cleanup(util_close_fd)))
+
+/* The descriptor out of its scope: it is the caller's, and the scope closes nothing. */
+static inline int util_fd_take(int *fd)
+{
+    int taken = *fd;
+    *fd = -1;
+    return taken;
+}
 
 /* Lower-case hex; `out` holds 2 * length + 1 bytes. */
 void util_hex_encode(const void *bytes, size_t length, char *out);
@@ -26,8 +34,8 @@ int util_size_parse(const char *text, uint64_t whole, uint64_t *bytes);
 /* "1.5 GiB" and the like into `out`. */
 void util_size_print(uint64_t bytes, char *out, size_t size);
 
-uint64_t util_now_ns(void);  /* CLOCK_MONOTONIC */
-uint64_t util_now_ms(void);  /* CLOCK_MONOTONIC */
+uint64_t util_now_ns(void); /* CLOCK_MONOTONIC */
+uint64_t util_now_ms(void); /* CLOCK_MONOTONIC */
 /* Random bytes from the kernel; never fails (aborts where the machine has none). */
 void util_random(void *bytes, size_t length);
 uint64_t util_random_u64(void); /* never 0 */
