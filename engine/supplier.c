@@ -169,8 +169,9 @@ static void link_fail(struct supplier *s, int error, const char *reason)
     uint32_t wait = spread_backoff_ms(s->failures, SUPPLIER_BACKOFF_FIRST_MS,
                                       SUPPLIER_BACKOFF_LAST_MS, util_random_u64());
     s->retry_ns = now + wait * 1000000ull;
-    log_info("peer %s at %s: %s; trying again in %u ms", s->node.name, s->node.address, reason,
-             wait);
+    /* A link that nobody needs any more may end as it likes. */
+    log_say(s->attachments ? LOG_INFO : LOG_DEBUG, "peer %s at %s: %s; trying again in %u ms",
+            s->node.name, s->node.address, reason, wait);
     link_end(s, error);
 }
 
