@@ -11,8 +11,9 @@ static int print_all(void)
          "usage: p2pfs META DIR [-f] [-o OPTION[,OPTION...]]   mount\n"
          "       p2pfs COMMAND [ARGUMENT...]                   look at and steer a mount\n"
          "\n"
-         "META: local:///DIRECTORY   metadata in that directory, shared by the mounts of this "
-         "machine\n"
+         "META: local:///DIRECTORY   metadata in that directory, for the mounts of this machine\n"
+         "      redis://[USER@]HOST[:PORT][/DB][?prefix=NAME]   in Redis or Valkey, for all that "
+         "reach it\n"
          "-f: stay in the foreground. umount DIR ends a mount.\n"
          "\n"
          "commands (p2pfs help COMMAND says more):");

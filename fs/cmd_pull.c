@@ -137,8 +137,8 @@ static void closing_print(const struct pull *pull, bool as_json, uint64_t ns)
     printf("%llu file%s, ", (unsigned long long)(pull->files - pull->failed),
            pull->files - pull->failed == 1 ? "" : "s");
     cmd_put_size(stdout, pull->moved);
-    printf(" (%llu bytes) pulled in %.3f s, %.2f GB/s", (unsigned long long)pull->moved, seconds,
-           rate);
+    printf(" (%llu bytes) pulled in %.3f s, %.*f GB/s", (unsigned long long)pull->moved, seconds,
+           rate < 0.1 && pull->moved > 0 ? 5 : 2, rate);
     if (pull->here > pull->moved) {
         fputs("; ", stdout);
         cmd_put_size(stdout, pull->here - pull->moved);

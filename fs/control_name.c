@@ -440,6 +440,8 @@ static void holders_put(struct control_call *call, const struct holders *holders
                         const struct engine_info *info)
 {
     struct house *house = call->control->house;
+    struct model_node node = {.boot = 0};
+    catalog_node(house->catalog, house->options.node, &node);
     bool self = info->state != ENGINE_CHANGED && (info->resident > 0 || state_holds(info->state));
     uint64_t complete = state_holds(info->state);
     for (size_t i = 0; i < holders->count; i++)
@@ -448,8 +450,7 @@ static void holders_put(struct control_call *call, const struct holders *holders
     json_put_u64(call->answer, "complete", complete);
     json_array(call->answer, "holders");
     if (self)
-        holder_put(call->answer, house->options.node, engine_address(house->engine),
-                   state_holds(info->state), true);
+        holder_put(call->answer, house->options.node, node.address, state_holds(info->state), true);
     for (size_t i = 0; i < holders->count; i++)
         holder_put(call->answer, holders->list[i].node.name, holders->list[i].node.address,
                    holders->list[i].complete, false);

@@ -36,12 +36,13 @@ static uint64_t peers_live(const struct house *house)
 
 static void status_node(const struct house *house, struct json_out *out)
 {
-    struct model_node self;
-    uint64_t boot = catalog_node(house->catalog, house->options.node, &self) == 0 ? self.boot : 0;
+    struct model_node self = {.boot = 0};
+    catalog_node(house->catalog, house->options.node, &self);
     json_put_text(out, "version", P2PFS_VERSION);
     json_put_text(out, "node", house->options.node);
-    json_put_format(out, "boot", "%016llx", (unsigned long long)boot);
-    json_put_text(out, "address", engine_address(house->engine));
+    json_put_format(out, "boot", "%016llx", (unsigned long long)self.boot);
+    json_put_text(out, "address", self.address);
+    json_put_text(out, "listen", engine_address(house->engine));
     json_put_text(out, "locality", house->options.locality ? house->options.locality : "");
     json_put_name(out, "mountpoint", house->mountpoint ? house->mountpoint : "");
     json_put_u64(out, "pid", (uint64_t)getpid());
