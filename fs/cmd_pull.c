@@ -221,7 +221,8 @@ const struct cmd cmd_pull = {
     .details =
         "On a terminal a bar shows percent, rate and time left. One line at the end says how many\n"
         "bytes came, in how many seconds, and GB/s (10^9 bytes a second). Interrupting the\n"
-        "command does not stop the pull. It fails when a file cannot be fetched, with the cause.\n"
+        "command does not stop the pull. It fails when a file cannot be fetched, with the cause;\n"
+        "at once when the cache could not hold all of it.\n"
         "\n"
         "  --quiet   print nothing but errors\n"
         "  --json    one JSON object at the end\n"

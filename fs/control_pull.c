@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "engine/storage.h"
 #include "fs/control_parts.h"
 #include "meta/base/util.h"
 
@@ -18,6 +19,7 @@
 #define LOOK_MS       1  /* between looks at the running files, at first */
 #define LOOK_LATER_MS 10 /* after the first second */
 #define IDLE_MS       2000 /* a file that is neither here nor fetched for so long is asked for again */
+#define FULL_MS       200 /* one that found the cache full, too: others may have ended since */
 #define TRIES         3
 #define KEEP_MS       60000 /* a finished job waits so long for somebody to read its end */
 #define WAIT_MAX_MS   1000
@@ -214,6 +216,11 @@ static void file_look(struct control_job *job, struct file *file, uint64_t now_m
         file_fail(job, file, -EIO, "the file that was registered in place here has changed");
     } else if (info.state == ENGINE_FETCHING) {
         file->idle_ms = 0;
+    } else if (abs(info.error) == ENOSPC && file->tries < TRIES) {
+        if (file->idle_ms == 0)
+            file->idle_ms = now_ms;
+        else if (now_ms - file->idle_ms > FULL_MS)
+            file_start(job, file);
     } else if (info.error != 0) {
         file_fail(job, file, info.error < 0 ? info.error : -info.error,
                   info.reason[0] ? info.reason : control_why(info.error));
@@ -233,6 +240,23 @@ static void job_finish(struct control_job *job)
     job->finished_ms = util_now_ms();
     pthread_cond_broadcast(&job->moved);
     pthread_mutex_unlock(&job->lock);
+}
+
+/* What came first may have made room for what came last. */
+static void job_check(struct control_job *job)
+{
+    for (size_t i = 0; i < job->count; i++) {
+        struct engine_info info;
+        struct file *file = &job->files[i];
+        if (file->state != DONE ||
+            engine_info(job->control->house->engine, &file->version, &info) < 0 || here(&info))
+            continue;
+        pthread_mutex_lock(&job->lock);
+        job->done--;
+        pthread_mutex_unlock(&job->lock);
+        file_fail(job, file, -ENOSPC,
+                  "it was evicted again to make room for others: raise cache_size=, or pull less");
+    }
 }
 
 static void job_sleep(uint64_t begun_ms)
@@ -278,6 +302,7 @@ static void job_run(void *arg)
         if (running > 0)
             job_sleep(begun_ns / 1000000);
     }
+    job_check(job);
     for (size_t i = first; i < job->count; i++) /* the mount closes */
         if (job->files[i].state == RUNNING || job->files[i].state == QUEUED)
             file_fail(job, &job->files[i], -ESHUTDOWN, control_why(-ESHUTDOWN));
@@ -393,15 +418,17 @@ static int path_collect(struct control_call *call, struct control_job *job, cons
     return rc;
 }
 
-/* What is here already. */
-static void job_measure(struct control_job *job)
+/* What is here already. Returns what the job takes of the cache. */
+static uint64_t job_measure(struct control_job *job)
 {
+    uint64_t charge = 0;
     for (size_t i = 0; i < job->count; i++) {
         struct engine_info info;
         struct file *file = &job->files[i];
         job->bytes += file->size;
         if (engine_info(job->control->house->engine, &file->version, &info) < 0)
             continue;
+        charge += info.state == ENGINE_INPLACE ? 0 : storage_charge(file->size);
         job->bytes_before += resident(file, &info);
         if (here(&info)) {
             file->state = DONE;
@@ -409,6 +436,24 @@ static void job_measure(struct control_job *job)
         }
     }
     job->bytes_here = job->bytes_before;
+    return charge;
+}
+
+/* Says so before anything moves, when the cache can never hold all of it. */
+static int job_fits(struct control_call *call, struct control_job *job)
+{
+    struct engine_stats stats;
+    char wanted[32], limit[32];
+    engine_stats(call->control->house->engine, &stats);
+    uint64_t charge = job_measure(job);
+    if (charge <= stats.cache_limit)
+        return 0;
+    util_size_print(charge, wanted, sizeof(wanted));
+    util_size_print(stats.cache_limit, limit, sizeof(limit));
+    control_fail(call, -ENOSPC,
+                 "cannot pull: %s do not fit the cache of %s: raise cache_size=, or pull less",
+                 wanted, limit);
+    return -ENOSPC;
 }
 
 /* The files that "path", or each of "paths", names. Fails the call with a sentence. */
@@ -425,9 +470,7 @@ static int job_collect(struct control_call *call, struct control_job *job)
     rc = job_unique(job);
     if (rc < 0)
         control_fail(call, rc, "the mount is out of memory");
-    else
-        job_measure(job);
-    return rc;
+    return rc < 0 ? rc : job_fits(call, job);
 }
 
 void control_op_pull(struct control_call *call)

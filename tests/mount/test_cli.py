@@ -324,6 +324,21 @@ def test_pull_fails_with_the_cause(cluster, source):
     b.cli("pull", "m2")
 
 
+def test_pull_of_more_than_the_cache_holds(cluster):
+    a = cluster.node()
+    b = cluster.node(cache_size="16M")
+    a.path("t").mkdir()
+    for i in range(6):
+        write_file(a.path(f"t/{i}"), 4 * MIB, seed=i)
+    eventually(lambda: len(entries(b)) == 7, 2)
+    failed(b.cli("pull", "t", check=False), "24.0 MiB do not fit the cache of 16.0 MiB", "cache_size=")
+    assert b.status()["bytes_received"] == 0
+    b.cli("pull", "t/0", "t/1", "t/2")
+    b.cli("pull", "t/3", "t/4", "t/5")  # evicts what was used least recently
+    assert answer(b, "info", "t")["resident"] <= 16 * MIB
+    assert [entries(b)[f"t/{i}"]["state"] for i in (3, 4, 5)] == ["complete"] * 3
+
+
 # -- evict, pin
 
 
