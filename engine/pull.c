@@ -15,8 +15,7 @@
 #define PULL_LINGER_NS 2000000000ull /* a pull on demand keeps its sources for so long */
 #define PULL_LOOK_FIRST_NS \
     250000000ull /* looks for holders: first repeat, then doubling up to the last */
-#define PULL_LOOK_LAST_NS  2000000000ull
-#define PULL_POPULATE_STEP (16ull << 20)
+#define PULL_LOOK_LAST_NS 2000000000ull
 
 static bool pull_home(const struct pull *pull)
 {
@@ -162,46 +161,6 @@ static void room_request(struct replica *replica)
     work_post(replica->engine->work, &room->job);
 }
 
-/* Pages are made ready ahead of the network, in file order, while the lanes fetch. */
-struct populate_job {
-    struct work_job job;
-    struct replica *replica;
-    uint64_t at;
-};
-
-static void populate_run(struct work_job *job)
-{
-    struct populate_job *populate = util_container(job, struct populate_job, job);
-    struct replica *replica = populate->replica;
-    struct engine *engine = replica->engine;
-    uint64_t left = replica->version.size - populate->at;
-    uint64_t step = left < PULL_POPULATE_STEP ? left : PULL_POPULATE_STEP;
-
-    pthread_mutex_lock(&replica->lock);
-    bool go = step && replica->pulling && replica->whole && !replica_complete(replica);
-    pthread_mutex_unlock(&replica->lock);
-    if (go && storage_populate(replica->map, populate->at, step) == 0) {
-        populate->at += step;
-        work_post(engine->work, &populate->job);
-        return;
-    }
-    free(populate);
-    replica_put(replica);
-    core_release(engine);
-}
-
-static void populate_start(struct replica *replica)
-{
-    struct populate_job *populate = malloc(sizeof *populate);
-    if (!populate) {
-        return; /* pages then come when bytes land */
-    }
-    *populate = (struct populate_job){.job.run = populate_run, .replica = replica};
-    replica_get(replica);
-    core_hold(replica->engine);
-    work_post(replica->engine->work, &populate->job);
-}
-
 /* ---- the pull's life ---- */
 
 static void pull_free(struct pull *pull)
@@ -277,8 +236,6 @@ int pull_want(struct replica *replica, bool whole)
     }
     if (!room) {
         room_request(replica);
-    } else if (grows) {
-        populate_start(replica);
     }
     /* Also when it runs already: the lanes then see what this reader waits for. */
     lane_post_all(engine, pull_run, replica);
