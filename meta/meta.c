@@ -124,6 +124,7 @@ int meta_unlock(struct meta_store *store, const char *name, uint64_t token)
 static const struct meta_ops *const meta_backends[] = {
     &meta_local_ops,
     &meta_redis_ops,
+    &meta_etcd_ops,
 };
 
 static const struct meta_ops *meta_backend_at(size_t i)

@@ -120,5 +120,6 @@ int meta_unlock(struct meta_store *store, const char *name, uint64_t token);
 /* The backends, each in a file of its own. */
 extern const struct meta_ops meta_local_ops;
 extern const struct meta_ops meta_redis_ops;
+extern const struct meta_ops meta_etcd_ops;
 
 #endif

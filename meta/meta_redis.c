@@ -277,6 +277,8 @@ static int redis_wait(struct meta_store *store, const char *prefix, uint64_t *re
     uint64_t end = util_now_ms() + timeout_ms;
     if (redis_group(prefix, group) < 0)
         return -EINVAL;
+    if (!s->waited && !(s->waited = strdup(prefix)))
+        return -ENOMEM;
     for (;;) {
         int asked = 0;
         int64_t rest_ms = -1;
@@ -424,6 +426,7 @@ static void redis_close(struct meta_store *store)
     redis_tls_close(s);
     credentials_clear(&s->credentials);
     free(s->host);
+    free(s->waited);
     free(s);
 }
 

@@ -37,7 +37,8 @@ struct redis {
     char candidate[33]; /* epoch that a store gets if we are its first user */
     char epoch[65];     /* of what was listed; "": nothing yet */
     char run[65];       /* the server process that `ask` was connected to last */
-    bool gap;           /* something may have been missed since the last listing */
+    char *waited;       /* the prefix whose feed is read; NULL: none yet */
+    bool gap;           /* something of it may have been missed since it was listed */
     uint64_t deadline_ms;
     bool down;       /* an outage has been logged */
     char cause[512]; /* why the last call failed, with the remedy */

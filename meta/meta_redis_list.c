@@ -202,7 +202,6 @@ static int redis_list_get(struct redis *s, const char *prefix, struct redis_page
     uint64_t first = 0;
     int64_t rest_ms;
     int asked = 0;
-    s->epoch[0] = '\0';
     s->gap = false;
     int rc = redis_pages_get(s, prefix, pages, &first, revision);
     if (rc < 0 || *revision == first)
@@ -223,11 +222,17 @@ int redis_list(struct meta_store *store, const char *prefix, meta_event_fn each,
     struct redis *s = redis_of(store);
     int asked = 0;
     int rc = redis_enter(s);
+    /* what another prefix's feed has missed, this listing does not bring */
+    bool covers = !s->waited || strncmp(s->waited, prefix, strlen(prefix)) == 0;
+    bool gap = s->gap;
+    if (covers)
+        s->epoch[0] = '\0';
     for (int tries = 0; rc == 0; tries++) {
         struct redis_page *pages = NULL;
         struct redis_lates lates = {0};
         rc = redis_list_get(s, prefix, &pages, &lates, revision);
         bool again = rc == -ESTALE && tries < REDIS_TRIES;
+        gap = gap || s->gap;
         if (rc == 0)
             rc = redis_pages_tell(s, pages, &lates, each, arg, &asked);
         redis_lates_free(&lates);
@@ -238,6 +243,7 @@ int redis_list(struct meta_store *store, const char *prefix, meta_event_fn each,
     }
     if (rc == -ESTALE)
         rc = redis_fail(s, -ETIMEDOUT, "the data changes faster than it can be listed");
+    s->gap = gap && !(covers && rc == 0);
     rc = redis_answer(s, rc);
     return rc < 0 ? rc : asked;
 }

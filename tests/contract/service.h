@@ -113,13 +113,24 @@ static inline int service_start_etcd(struct service *service)
     snprintf(client, sizeof(client), "http://127.0.0.1:%d", service->port);
     snprintf(peer, sizeof(peer), "http://127.0.0.1:%d", service->peer_port);
     snprintf(cluster, sizeof(cluster), "default=%s", peer);
-    char *argv[] = {"etcd",  "--data-dir",
-                    "data",  "--listen-client-urls",
-                    client,  "--advertise-client-urls",
-                    client,  "--listen-peer-urls",
-                    peer,    "--initial-advertise-peer-urls",
-                    peer,    "--initial-cluster",
-                    cluster, "--unsafe-no-fsync",
+    char *argv[] = {"etcd",
+                    "--data-dir",
+                    "data",
+                    "--listen-client-urls",
+                    client,
+                    "--advertise-client-urls",
+                    client,
+                    "--listen-peer-urls",
+                    peer,
+                    "--initial-advertise-peer-urls",
+                    peer,
+                    "--initial-cluster",
+                    cluster,
+                    "--unsafe-no-fsync",
+                    "--heartbeat-interval",
+                    "50",
+                    "--election-timeout",
+                    "500",
                     NULL};
     return service_run(service, argv);
 }

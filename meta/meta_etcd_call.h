@@ -1,0 +1,84 @@
+/* Etcd, inside: calls of etcd's JSON gateway: endpoints and failover, login, errors. Only meta/meta_etcd*.c includes this.
+ *
+ * One thread at a time, as meta.h says. Calls return 0 or a negative errno of meta.h and leave the sentence for the
+ * log or the user in `cause`. */
+#ifndef P2PFS_META_META_ETCD_CALL_H
+#define P2PFS_META_META_ETCD_CALL_H
+
+#include <cjson/cJSON.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "meta/credentials.h"
+#include "meta/http.h"
+#include "meta/meta.h"
+
+#define ETCD_ENDPOINTS  16
+#define ETCD_PREFIX_MAX 64
+
+struct etcd {
+    struct meta_store store;
+    bool encrypted;
+    char *endpoints[ETCD_ENDPOINTS]; /* "http://host:port" */
+    size_t endpoint_count;
+    size_t endpoint;                  /* the one that is asked */
+    char prefix[ETCD_PREFIX_MAX + 2]; /* with its '/' */
+    struct credentials credentials;
+    char *token; /* NULL: not logged in */
+    struct http *http;
+
+    struct http_stream *watch; /* NULL: none */
+    char *watched;             /* the prefix that it watches, with ours */
+    uint64_t position;         /* all up to here has been told from it */
+    bool created;              /* the service has confirmed it */
+    uint64_t watch_ms;         /* when it must have been confirmed */
+
+    char epoch[33];   /* of what was listed; "": nothing yet */
+    char cluster[24]; /* likewise */
+    bool gap;         /* it is another one now */
+    char *waited;     /* the prefix whose feed is read; NULL: none yet */
+    uint64_t deadline_ms;
+    bool down;       /* an outage has been logged */
+    char cause[512]; /* why the last call failed, with the remedy */
+};
+
+static inline struct etcd *etcd_of(struct meta_store *store)
+{
+    return (struct etcd *)store; /* its first member */
+}
+
+/* Sets `cause` and returns rc. */
+int etcd_fail(struct etcd *s, int rc, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+int etcd_senseless(struct etcd *s); /* an answer that etcd never gives */
+/* Begins a call: sets its deadline. */
+void etcd_enter(struct etcd *s);
+/* Every call ends here: the cause is said once per outage, and its end too. Returns rc. */
+int etcd_answer(struct etcd *s, int rc);
+
+/* Asks `path` ("/v3/kv/range") and gives the answer, whose header has been looked at; the caller deletes it. Takes
+ * `request`. safe: it may be carried out twice, so another endpoint is asked when the first one fails. -ENOENT: no such
+ * lease; -ESTALE: that revision is gone, or is not there yet. */
+int etcd_call(struct etcd *s, const char *path, cJSON *request, bool safe, cJSON **answer);
+/* The same with a stream of answers. */
+int etcd_stream(struct etcd *s, const char *path, cJSON *request, struct http_stream **stream);
+/* What an answer with "error" or a cancelled watch means. May drop the token: then -EACCES may be tried once more. */
+int etcd_refused(struct etcd *s, const char *text, int code);
+void etcd_next_endpoint(struct etcd *s);
+/* Notes the cluster of an answer: another one than was listed sets `gap`. */
+void etcd_header_note(struct etcd *s, const cJSON *answer);
+
+/* JSON in etcd's spelling: bytes as base64, numbers as strings, what is 0 left out. */
+void etcd_put_bytes(cJSON *object, const char *name, const char *bytes);
+void etcd_put_number(cJSON *object, const char *name, uint64_t number);
+/* Our prefix and `key` as "key". */
+void etcd_put_key(const struct etcd *s, cJSON *object, const char *key);
+/* All keys that begin with our prefix and `prefix`. */
+void etcd_put_range(const struct etcd *s, cJSON *object, const char *prefix);
+/* The key that follows next on a whole key. */
+void etcd_put_after(cJSON *object, const char *key);
+uint64_t etcd_get_number(const cJSON *object, const char *name);
+/* The decoded bytes as a string in place of the encoded one; NULL: absent or malformed. */
+char *etcd_get_bytes(const cJSON *object, const char *name);
+
+#endif
