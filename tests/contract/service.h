@@ -53,7 +53,7 @@ static inline bool service_installed(const char *program)
 }
 
 /* Runs the program until service_end; it dies with the test. Its output lies in dir/log. */
-static inline pid_t service_spawn(const struct service *service, char *const argv[])
+static inline pid_t service_spawn(const struct service *service, const char *const argv[])
 {
     pid_t pid = fork();
     if (pid != 0)
@@ -64,12 +64,12 @@ static inline pid_t service_spawn(const struct service *service, char *const arg
     int fd = open("log", O_CREAT | O_APPEND | O_WRONLY, 0600);
     dup2(fd, STDOUT_FILENO);
     dup2(fd, STDERR_FILENO);
-    execvp(argv[0], argv);
+    execvp(argv[0], (char *const *)(uintptr_t)argv); /* execvp changes nothing */
     _exit(127);
 }
 
 /* 0, or -1 when the server does not listen after 10 s. */
-static inline int service_run(struct service *service, char *const argv[])
+static inline int service_run(struct service *service, const char *const argv[])
 {
     service->pid = service_spawn(service, argv);
     for (int i = 0; i < 1000; i++) {
@@ -92,16 +92,8 @@ static inline int service_start_redis(struct service *service, const char *progr
 {
     char port[16];
     snprintf(port, sizeof(port), "%d", service->port);
-    char *argv[] = {(char *)(uintptr_t)program,
-                    "--port",
-                    port,
-                    "--bind",
-                    "127.0.0.1",
-                    "--save",
-                    "",
-                    "--dir",
-                    service->dir,
-                    NULL};
+    const char *argv[] = {program,  "--port", port,    "--bind",     "127.0.0.1",
+                          "--save", "",       "--dir", service->dir, NULL};
     return service_run(service, argv);
 }
 
@@ -113,25 +105,25 @@ static inline int service_start_etcd(struct service *service)
     snprintf(client, sizeof(client), "http://127.0.0.1:%d", service->port);
     snprintf(peer, sizeof(peer), "http://127.0.0.1:%d", service->peer_port);
     snprintf(cluster, sizeof(cluster), "default=%s", peer);
-    char *argv[] = {"etcd",
-                    "--data-dir",
-                    "data",
-                    "--listen-client-urls",
-                    client,
-                    "--advertise-client-urls",
-                    client,
-                    "--listen-peer-urls",
-                    peer,
-                    "--initial-advertise-peer-urls",
-                    peer,
-                    "--initial-cluster",
-                    cluster,
-                    "--unsafe-no-fsync",
-                    "--heartbeat-interval",
-                    "50",
-                    "--election-timeout",
-                    "500",
-                    NULL};
+    const char *argv[] = {"etcd",
+                          "--data-dir",
+                          "data",
+                          "--listen-client-urls",
+                          client,
+                          "--advertise-client-urls",
+                          client,
+                          "--listen-peer-urls",
+                          peer,
+                          "--initial-advertise-peer-urls",
+                          peer,
+                          "--initial-cluster",
+                          cluster,
+                          "--unsafe-no-fsync",
+                          "--heartbeat-interval",
+                          "50",
+                          "--election-timeout",
+                          "500",
+                          NULL};
     return service_run(service, argv);
 }
 
