@@ -355,12 +355,8 @@ static int etcd_message_read(struct etcd *s, const cJSON *message, meta_event_fn
 {
     const cJSON *error = cJSON_GetObjectItemCaseSensitive(message, "error");
     const cJSON *result = cJSON_GetObjectItemCaseSensitive(message, "result");
-    if (error) {
-        const cJSON *text = cJSON_GetObjectItemCaseSensitive(error, "message");
-        const cJSON *code = cJSON_GetObjectItemCaseSensitive(error, "grpc_code");
-        return etcd_refused(s, cJSON_IsString(text) ? text->valuestring : "an error",
-                            cJSON_IsNumber(code) ? code->valueint : 14);
-    }
+    if (error || http_stream_status(s->watch) != 200)
+        return etcd_error_read(s, message);
     if (!cJSON_IsObject(result))
         return etcd_senseless(s);
     etcd_header_note(s, result);
@@ -510,11 +506,10 @@ static int etcd_url_parse(struct etcd *s, const char *url)
     util_autofree char *text = strdup(strstr(url, "://") + 3);
     if (!text)
         return -ENOMEM;
-    char *prefix = strchr(text, '/');
-    if (prefix)
-        *prefix++ = '\0';
-    if (!prefix || !prefix[0])
-        prefix = (char[]){"p2pfs"};
+    char *slash = strchr(text, '/');
+    if (slash)
+        *slash = '\0';
+    const char *prefix = slash && slash[1] ? slash + 1 : "p2pfs";
     for (const char *p = prefix; *p; p++) {
         if (!isalnum((unsigned char)*p) && !strchr("-_.:/", *p))
             return etcd_malformed("the metadata URL's prefix may have A-Z a-z 0-9 - _ . : / only");
