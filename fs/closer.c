@@ -14,6 +14,8 @@
 #define CLOSER_EXITING 0x4ull /* PF_EXITING, in the ninth field of /proc/PID/stat */
 #define CLOSER_FLAGS   9
 #define CLOSER_STATUS  52
+#define CLOSER_DEPTH \
+    32 /* generations of descendants that are looked at; beyond that nobody can tell */
 
 /* The bytes read, NUL-terminated; negative errno. */
 static ssize_t read_text(int dir, const char *path, char *out, size_t size)
@@ -119,25 +121,42 @@ static bool process_maps(pid_t process, uint64_t inode)
     return found;
 }
 
-static bool process_has_children(pid_t process)
+static bool descendant_has(pid_t process, uint64_t inode, unsigned depth);
+
+/* Whether a task's children, or theirs, have it: descriptors are inherited downwards. */
+static bool child_has(int tasks, const char *task, uint64_t inode, unsigned depth)
 {
-    char path[64], text[16];
+    char name[NAME_MAX + 16], text[4096];
+    snprintf(name, sizeof(name), "%s/children", task);
+    ssize_t length = read_text(tasks, name, text, sizeof(text));
+    /* A kernel without these files, or more children than fit, can't tell; a task that has just
+     * ended has none. */
+    if (length < 0)
+        return faccessat(tasks, task, F_OK, 0) == 0;
+    if (length == (ssize_t)sizeof(text) - 1)
+        return true;
+    char *save = NULL;
+    for (char *word = strtok_r(text, " \n", &save); word != NULL;
+         word = strtok_r(NULL, " \n", &save)) {
+        pid_t child = (pid_t)strtol(word, NULL, 10);
+        if (process_has(child, inode) || descendant_has(child, inode, depth + 1))
+            return true;
+    }
+    return false;
+}
+
+static bool descendant_has(pid_t process, uint64_t inode, unsigned depth)
+{
+    char path[64];
     snprintf(path, sizeof(path), "/proc/%d/task", process);
-    DIR *tasks = opendir(path);
+    DIR *tasks = depth < CLOSER_DEPTH ? opendir(path) : NULL;
     if (tasks == NULL)
-        return errno != ENOENT;
+        return depth == CLOSER_DEPTH;
     bool found = false;
     struct dirent *entry;
-    while (!found && (entry = readdir(tasks)) != NULL) {
-        if (!isdigit((unsigned char)entry->d_name[0]))
-            continue;
-        char name[NAME_MAX + 16];
-        snprintf(name, sizeof(name), "%s/children", entry->d_name);
-        ssize_t length = read_text(dirfd(tasks), name, text, sizeof(text));
-        /* A kernel without these files can't tell; a task that has just ended has no children. */
-        found = length > 0 ||
-                (length == -ENOENT && faccessat(dirfd(tasks), entry->d_name, F_OK, 0) == 0);
-    }
+    while (!found && (entry = readdir(tasks)) != NULL)
+        if (isdigit((unsigned char)entry->d_name[0]))
+            found = child_has(dirfd(tasks), entry->d_name, inode, depth);
     closedir(tasks);
     return found;
 }
@@ -174,7 +193,7 @@ enum closer_verdict closer_examine(pid_t thread, pid_t opener, uint64_t inode, b
             return CLOSER_SHARED;
         if (anybody_has(process, inode))
             return CLOSER_SHARED;
-    } else if (process_has_children(process) && anybody_has(process, inode)) {
+    } else if (descendant_has(process, inode, 0)) {
         return CLOSER_SHARED;
     }
     if (mappable && process_maps(process, inode))

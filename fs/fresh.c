@@ -396,7 +396,7 @@ static const char *remedy(int error)
     switch (-error) {
     case EEXIST:
     case EPERM:
-        return "the name was registered meanwhile; choose another name, or mount with -o allow_overwrite";
+        return "the name was taken meanwhile; choose another, or mount with -o allow_overwrite";
     case ENOSPC:
         return "the cache is full; raise cache_size, or p2pfs evict what is not needed";
     case ENOENT:

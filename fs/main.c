@@ -30,8 +30,9 @@
 #include "meta/base/util.h"
 #include "meta/meta.h"
 
-#define MAIN_LEASE_MS 10000
-#define MAIN_CHORES   4 /* registering in place waits for local disks */
+#define MAIN_LEASE_MS    10000
+#define MAIN_PATIENCE_MS 2000
+#define MAIN_CHORES      4 /* registering in place waits for local disks */
 
 static struct handshake_secret secret;
 
@@ -83,6 +84,19 @@ static void gate_set(struct house *house, struct engine *engine)
 
 /* ---- the steps ---- */
 
+/* umount(8) returns before its process has let go of its name and port, so a mount that follows
+ * at once waits for it a moment. True: try again. */
+static bool again(const struct house *house, int rc, char **why)
+{
+    if ((rc != -EADDRINUSE && rc != -EEXIST) ||
+        util_now_ms() - house->started_ms > MAIN_PATIENCE_MS)
+        return false;
+    free(*why);
+    *why = NULL;
+    usleep(50 * 1000);
+    return true;
+}
+
 static int secret_read(const struct options *options)
 {
     if (options->secret_file == NULL)
@@ -92,11 +106,10 @@ static int secret_read(const struct options *options)
         fprintf(stderr, "p2pfs: secret_file=%s: others may read it; chmod 600 it\n",
                 options->secret_file);
     else if (rc == -EINVAL)
-        fprintf(
-            stderr,
-            "p2pfs: secret_file=%s: a secret is 16 to %d bytes; write one, for example with openssl rand "
-            "-hex 32\n",
-            options->secret_file, HANDSHAKE_SECRET_MAX);
+        fprintf(stderr,
+                "p2pfs: secret_file=%s: a secret is 16 to %d bytes; make one with openssl rand "
+                "-hex 32\n",
+                options->secret_file, HANDSHAKE_SECRET_MAX);
     else if (rc != 0)
         fprintf(stderr, "p2pfs: secret_file=%s: %s\n", options->secret_file, strerror(-rc));
     return rc;
@@ -143,7 +156,10 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .secret = &secret,
                                    .exclude_dir = house->mountpoint};
     char *why = NULL;
-    int rc = engine_open(&config, &house->engine, &why);
+    int rc;
+    do
+        rc = engine_open(&config, &house->engine, &why);
+    while (again(house, rc, &why));
     if (rc != 0)
         complain(options->listen, rc, why);
     return rc;
@@ -154,7 +170,9 @@ static int announce(struct house *house)
     char address[MODEL_ADDRESS_MAX + 1], *why = NULL;
     int rc = address_advertised(&house->options, engine_address(house->engine), address);
     if (rc == 0)
-        rc = catalog_serve(house->catalog, address, &why);
+        do
+            rc = catalog_serve(house->catalog, address, &why);
+        while (again(house, rc, &why));
     if (rc != 0)
         complain(house->options.node, rc, why);
     return rc;

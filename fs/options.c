@@ -55,7 +55,7 @@ static int set_node(struct options_parse *p)
     if (model_node_check(p->value) != 0)
         return refuse(
             p->error,
-            "node=%s: a node's name is 1 to %d printable ASCII characters without '/', '%%' and blanks",
+            "node=%s: write 1 to %d printable ASCII characters without '/', '%%' and blanks",
             p->value, MODEL_NODE_MAX);
     return text_set(&p->out->node, p->value);
 }
@@ -130,7 +130,7 @@ static int set_cache_size(struct options_parse *p)
     if (util_size_parse(p->value, memory_limit(), &size) != 0 || size < MODEL_AUTO_MIN)
         return refuse(
             p->error,
-            "cache_size=%s: not a size; write bytes (K, M, G, T), at least 1M, or a %% of the memory",
+            "cache_size=%s: not a size; write bytes (K, M, G, T), at least 1M, or N%% of memory",
             p->value);
     p->out->cache_size = size;
     return 0;
@@ -189,10 +189,9 @@ static int set_orphan_ttl(struct options_parse *p)
 static int set_tcp_congestion(struct options_parse *p)
 {
     if (p->value[0] == '\0' || strlen(p->value) > 15)
-        return refuse(
-            p->error,
-            "tcp_congestion=%s: not an algorithm; see /proc/sys/net/ipv4/tcp_available_congestion_control",
-            p->value);
+        return refuse(p->error,
+                      "tcp_congestion=%s: see sysctl net.ipv4.tcp_available_congestion_control",
+                      p->value);
     return text_set(&p->out->tcp_congestion, p->value);
 }
 
@@ -407,7 +406,7 @@ static int set_meta(struct options *out, const char *url, char **error)
     if (colon != NULL)
         return refuse(
             error,
-            "%.*s://...: a password in the URL would be shown by /proc/mounts; write it into a file "
+            "%.*s://...: /proc/mounts would show a password in the URL; write it into a file "
             "and use -o credentials=FILE",
             (int)(authority - 3 - url), url);
     if (meta_backend(url) == NULL)

@@ -32,6 +32,7 @@ static const struct fuse_lowlevel_ops session_ops; /* at the end */
 /* libfuse's last complaint, kept for the sentence that tells why mounting failed. One session
  * per process. */
 static char complaint[LOG_LINE];
+static bool mounted;
 
 static void take_log(enum fuse_log_level level, const char *format, va_list arguments)
     __attribute__((format(printf, 2, 0)));
@@ -39,7 +40,7 @@ static void take_log(enum fuse_log_level level, const char *format, va_list argu
 {
     vsnprintf(complaint, sizeof(complaint), format, arguments);
     complaint[strcspn(complaint, "\n")] = '\0';
-    if (level <= FUSE_LOG_ERR)
+    if (level <= FUSE_LOG_ERR && mounted)
         log_error("libfuse: %s", complaint);
     else
         log_debug("libfuse: %s", complaint);
@@ -70,6 +71,7 @@ int session_open(struct house *house, char **error)
         asprintf(error, "%s: cannot mount: %s; mount as root, or install fusermount3",
                  house->mountpoint, complaint[0] == '\0' ? "the kernel refused" : complaint) < 0)
         *error = NULL;
+    mounted = rc == 0;
     return rc;
 }
 
@@ -90,19 +92,21 @@ int session_serve(struct house *house)
 
 void session_unmount(struct house *house)
 {
-    if (house->session == NULL)
+    if (house->session == NULL || house->dev == 0 || !mountpoint_has(house->mountpoint, house->dev))
         return;
     /* Force: requests that nobody reads any more would keep their callers, and our own notices,
-     * for ever. */
-    if (house->dev != 0 && mountpoint_has(house->mountpoint, house->dev))
-        umount2(house->mountpoint, MNT_FORCE | MNT_DETACH);
-    fuse_session_unmount(house->session);
+     * for ever. libfuse would close the device too, which threads of the engine may still be
+     * answering through. */
+    if (umount2(house->mountpoint, MNT_FORCE | MNT_DETACH) != 0)
+        fuse_session_unmount(house->session); /* by fusermount3, without privileges */
 }
 
 void session_close(struct house *house)
 {
-    if (house->session != NULL)
-        fuse_session_destroy(house->session);
+    if (house->session == NULL)
+        return;
+    fuse_session_unmount(house->session);
+    fuse_session_destroy(house->session);
     house->session = NULL;
 }
 

@@ -132,7 +132,7 @@ static void say_late(struct house *house, const struct inode *inode)
     if (catalog_path(house->catalog, inode->key.id, path, sizeof(path)) != 0)
         strcpy(path, "(unlinked)");
     log_warn(
-        "%s: a write came after the file was registered and is refused: let one process close it last",
+        "%s: a write came after it was registered and is refused: let one process close it last",
         path);
 }
 
