@@ -179,35 +179,35 @@ static long etcd_left_ms(const struct etcd *s)
     return now < s->deadline_ms ? (long)(s->deadline_ms - now) : 0;
 }
 
+int etcd_error_read(struct etcd *s, const cJSON *answer)
+{
+    const cJSON *error = cJSON_GetObjectItemCaseSensitive(answer, "error");
+    const cJSON *inner = cJSON_IsObject(error) ? error : answer;
+    const cJSON *text = cJSON_GetObjectItemCaseSensitive(inner, "message");
+    const cJSON *code = cJSON_GetObjectItemCaseSensitive(inner, "grpc_code");
+    if (!code)
+        code = cJSON_GetObjectItemCaseSensitive(inner, "code");
+    if (!cJSON_IsString(text) || !cJSON_IsNumber(code))
+        return etcd_senseless(s);
+    return etcd_refused(s, text->valuestring, code->valueint);
+}
+
 /* What an answer holds, or why it is a refusal. Takes reply->body. */
 static int etcd_reply_read(struct etcd *s, struct http_reply *reply, cJSON **answer)
 {
     cJSON *json = cJSON_ParseWithOpts(reply->body, NULL, false);
     free(reply->body);
     reply->body = NULL;
-    if (!cJSON_IsObject(json)) {
+    int rc = 0;
+    if (!cJSON_IsObject(json))
+        rc = etcd_senseless(s);
+    else if (reply->status != 200 || cJSON_HasObjectItem(json, "error"))
+        rc = etcd_error_read(s, json);
+    if (rc < 0)
         cJSON_Delete(json);
-        return etcd_senseless(s);
-    }
-    const cJSON *error = cJSON_GetObjectItemCaseSensitive(json, "error");
-    if (error) {
-        const cJSON *message =
-            cJSON_GetObjectItemCaseSensitive(cJSON_IsObject(error) ? error : json, "message");
-        const cJSON *code = cJSON_GetObjectItemCaseSensitive(
-            cJSON_IsObject(error) ? error : json, cJSON_IsObject(error) ? "grpc_code" : "code");
-        const char *text = cJSON_IsString(message) ? message->valuestring
-                           : cJSON_IsString(error) ? error->valuestring
-                                                   : "an error";
-        int rc = etcd_refused(s, text, cJSON_IsNumber(code) ? code->valueint : 0);
-        cJSON_Delete(json);
-        return rc;
-    }
-    if (reply->status != 200) {
-        cJSON_Delete(json);
-        return etcd_senseless(s);
-    }
-    *answer = json;
-    return 0;
+    else
+        *answer = json;
+    return rc;
 }
 
 /* Whether another endpoint may do better. */

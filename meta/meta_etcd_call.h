@@ -64,6 +64,9 @@ int etcd_call(struct etcd *s, const char *path, cJSON *request, bool safe, cJSON
 int etcd_stream(struct etcd *s, const char *path, cJSON *request, struct http_stream **stream);
 /* What an answer with "error" or a cancelled watch means. May drop the token: then -EACCES may be tried once more. */
 int etcd_refused(struct etcd *s, const char *text, int code);
+/* The same for a whole answer: {"error": "...", "message": "...", "code": N} up to etcd 3.4, without "error" from 3.5 on;
+ * in a stream {"error": {...}}. */
+int etcd_error_read(struct etcd *s, const cJSON *answer);
 void etcd_next_endpoint(struct etcd *s);
 /* Notes the cluster of an answer: another one than was listed sets `gap`. */
 void etcd_header_note(struct etcd *s, const cJSON *answer);
