@@ -1,0 +1,252 @@
+# ctest: label=plain
+# ctest: timeout=400
+"""What a node has room for: the cache, memory, and the number of names."""
+
+import errno
+import os
+import subprocess
+import threading
+import time
+
+import pytest
+
+from harness import env
+from harness.data import digest, pattern, write_file
+from harness.wait import eventually
+
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def register(node, name, size, seed=0):
+    data = pattern(size, seed)
+    node.path(name).write_bytes(data)
+    return data
+
+
+def appears(node, name):
+    eventually(node.path(name).exists, 3, f"{name} on {node.name}")
+    return node.path(name)
+
+
+def read_anew(path):
+    """The file's bytes from the node, not from the kernel's cache."""
+    with open(path, "rb", buffering=0) as source:
+        os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return source.read()
+
+
+def state(node, name):
+    return node.xattr(name, "state")
+
+
+def used(node):
+    return node.status()["cache_used"]
+
+
+def settled(node):
+    eventually(lambda: node.status()["pulls_running"] == 0, 5)
+
+
+# -- the cache
+
+
+def test_what_cannot_fit_is_not_registered(cluster):
+    small = cluster.node(cache_size="8M")
+    other = cluster.node()
+    register(small, "first", 5 * MIB)
+    for attempt in range(2):
+        with pytest.raises(OSError) as raised:
+            register(small, "second", 5 * MIB)
+        assert raised.value.errno == errno.ENOSPC
+    assert os.listdir(small.dir) == ["first"]
+    appears(other, "first")
+    assert os.listdir(other.dir) == ["first"]
+    assert used(small) <= 8 * MIB
+    register(small, "third", 2 * MIB)  # what fits, fits
+    os.unlink(small.path("first"))
+    eventually(lambda: used(small) <= 2 * MIB, 5)
+    register(small, "second", 5 * MIB)
+
+
+def test_cp_that_runs_out_of_room_says_so(cluster, tmp_path):
+    small = cluster.node(cache_size="4M")
+    source = write_file(tmp_path / "source", 6 * MIB)
+    done = subprocess.run(
+        ["cp", source, small.path("f")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
+    assert not os.path.exists(small.path("f")) or state(small, "f") == "writing"
+
+
+def test_a_pull_that_cannot_fit(cluster):
+    big = cluster.node()
+    small = cluster.node(cache_size="4M", read_timeout=5)
+    register(big, "f", 6 * MIB)
+    own = register(small, "own", 3 * MIB, 1)
+    with pytest.raises(OSError) as raised:
+        appears(small, "f").read_bytes()
+    assert raised.value.errno in (errno.ENOSPC, errno.EIO)
+    assert "cache" in small.log and "cache_size=" in small.log
+    assert small.path("own").read_bytes() == own
+
+
+def test_the_least_recently_used_go_when_others_hold_them(cluster):
+    big = cluster.node()
+    small = cluster.node(cache_size="12M")
+    data = {f"f{k}": register(big, f"f{k}", 3 * MIB, k) for k in range(6)}
+    own = register(small, "own", 2 * MIB, 99)
+    appears(small, "f5")
+    for name in ("f0", "f1", "f2"):
+        assert small.path(name).read_bytes() == data[name]
+        settled(small)
+    with open(small.path("f0"), "rb") as source:  # f0 is used again
+        source.read(1)
+    assert small.path("f3").read_bytes() == data["f3"]
+    assert state(small, "f1") == "remote"
+    assert state(small, "f0") == "complete"
+    for name in ("f4", "f5", "f1", "f2"):  # and round and round
+        assert read_anew(small.path(name)) == data[name]
+        settled(small)
+        assert used(small) <= 12 * MIB
+    assert state(small, "own") == "complete"  # the last copy stays
+    assert appears(big, "own").read_bytes() == own
+    assert small.metrics()["p2pfs_evictions_total"] >= 4
+
+
+def test_an_open_file_and_a_pinned_one_are_not_evicted(cluster):
+    big = cluster.node()
+    small = cluster.node(cache_size="8M", read_timeout=5)
+    data = {f"f{k}": register(big, f"f{k}", 3 * MIB, k) for k in range(4)}
+    appears(small, "f3")
+    small.cli("pull", "f0")
+    small.cli("pin", "f0")
+    with open(small.path("f1"), "rb") as source:
+        assert source.read() == data["f1"]
+        with pytest.raises(OSError):
+            small.path("f2").read_bytes()
+    settled(small)
+    assert read_anew(small.path("f2")) == data["f2"]  # f1 made room
+    assert state(small, "f0") == "complete"
+    done = small.cli("evict", "f0", check=False)
+    assert done.returncode == 1 and "pin" in done.stderr
+    small.cli("unpin", "f0")
+    small.cli("evict", "f0")
+    assert state(small, "f0") == "remote"
+
+
+def test_evicting_the_last_copy_needs_force(two):
+    register(two[0], "f", MIB)
+    path = appears(two[1], "f")
+    done = two[0].cli("evict", "f", check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "--force" in done.stderr
+    path.read_bytes()
+    eventually(lambda: two[0].cli("evict", "f", check=False).returncode == 0, 5)
+    assert used(two[0]) == 0
+    assert read_anew(two[0].path("f")) == pattern(MIB)
+    two[0].cli("evict", "--force", "f")
+    two[1].cli("evict", "--force", "f")
+    with pytest.raises(OSError) as raised:
+        read_anew(path)
+    assert raised.value.errno == errno.EIO
+    assert "f" in os.listdir(two[1].dir)
+    two[1].cli("wait", "--offline", "--timeout=5", "f")
+
+
+def test_eviction_waits_for_a_peer_that_reads(cluster):
+    """Evicting while peers pull: they go on elsewhere, and get the right bytes."""
+    one, other = cluster.nodes(2)
+    size = 64 * MIB
+    write_file(one.path("f"), size)
+    appears(other, "f")
+    other.cli("pull", "f")
+    puller = cluster.node()
+    path = appears(puller, "f")
+    result = []
+    reader = threading.Thread(target=lambda: result.append(digest(path)))
+    reader.start()
+    one.cli("evict", "f", check=False)
+    reader.join()
+    assert result == [digest(other.path("f"))]
+
+
+# -- memory
+
+
+def shared_and_own(node):
+    """Bytes of memory of a node: its own, and those of its replicas (shared memory)."""
+    with open(f"/proc/{node.pid}/status", encoding="ascii") as table:
+        fields = dict(line.split(":", 1) for line in table)
+    return [int(fields[key].split()[0]) * KIB for key in ("RssAnon", "RssShmem", "RssFile")]
+
+
+def shmem():
+    with open("/proc/meminfo", encoding="ascii") as table:
+        for line in table:
+            if line.startswith("Shmem:"):
+                return int(line.split()[1]) * KIB
+    raise AssertionError("no Shmem")
+
+
+def test_a_pulled_file_is_in_memory_once(cluster, tmp_path):
+    """In the replica; reading it may add pages of the kernel's own cache, which it takes back."""
+    size = 256 * MIB
+    source = write_file(tmp_path / "source", size)
+    one = cluster.node()
+    other = cluster.node()
+    os.symlink(source, one.path("f"))
+    appears(other, "f")
+    own_before, shared_before, _ = shared_and_own(other)
+    shmem_before = shmem()
+    other.cli("pull", "f")
+    own, shared, _ = shared_and_own(other)
+    grown = own - own_before + shared - shared_before
+    print(
+        f"own {(own - own_before) / MIB:.1f} MiB, replica {(shared - shared_before) / MIB:.1f} MiB,"
+        f" the machine's shared memory {(shmem() - shmem_before) / MIB:.1f} MiB, for {size / MIB} MiB"
+    )
+    assert grown <= 1.05 * size
+    assert used(other) <= 1.05 * size
+
+
+@pytest.mark.limit(200)
+def test_a_hundred_thousand_names(cluster, tmp_path):
+    count, per = 100_000, 500
+    tree = tmp_path / "tree"
+    began = time.monotonic()
+    for number in range(count // per):
+        directory = tree / f"d{number:03}"
+        directory.mkdir(parents=True)
+        fd = os.open(directory, os.O_RDONLY)
+        for k in range(per):
+            file = os.open(f"f{k:03}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=fd)
+            os.write(file, b"%d" % k)
+            os.close(file)
+        os.close(fd)
+    print(f"made {count} files in {time.monotonic() - began:.1f} s")
+
+    one = cluster.node()
+    began = time.monotonic()
+    os.symlink(tree, one.path("tree"))
+    print(f"registered them in {time.monotonic() - began:.1f} s")
+    began = time.monotonic()
+    other = cluster.node()
+    print(f"a mount was ready in {time.monotonic() - began:.2f} s")
+    for node in (one, other):
+        began = time.monotonic()
+        done = subprocess.run(
+            ["ls", "-lR", node.dir], stdout=subprocess.PIPE, check=True, timeout=120
+        )
+        print(f"ls -lR on {node.name} took {time.monotonic() - began:.1f} s")
+        assert done.stdout.count(b"\n-rw") == count
+        print(f"{node.name}: {node.rss() / MIB:.0f} MiB of its own")
+    assert other.rss() < 150 * MIB
+    assert other.status()["files"] == count
+    assert other.path("tree/d123/f456").read_bytes() == b"456"
+
+    began = time.monotonic()
+    other.cli("unregister", "tree")
+    print(f"removed in {time.monotonic() - began:.2f} s")
+    eventually(lambda: os.listdir(one.dir) == [], 3)
