@@ -13,6 +13,7 @@
 
 #define SOURCE_MAX            16
 #define SOURCE_DEMAND_MAX     64
+#define SOURCE_WINDOW_END     2             /* shards in flight at a source, however few are left */
 #define SOURCE_POPULATE_STEP  (2u << 20)    /* a huge page */
 #define SOURCE_POPULATE_AHEAD (1u << 20)    /* what may land before the lane hears of it */
 #define SOURCE_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
@@ -197,6 +198,11 @@ static void source_pump(struct source *source, uint64_t now)
         return;
     }
     uint32_t window = spread_window(supplier_rate(supplier), replica->version.shard_size);
+    uint32_t share = (replica->shards - atomic_load(&replica->present)) /
+                     (2 * source->pull->lane->engine->lane_count);
+    if (window > share) { /* towards the end: what one lane hoards here, another could fetch */
+        window = share > SOURCE_WINDOW_END ? share : SOURCE_WINDOW_END;
+    }
     while (source->inflight < window + SPREAD_URGENT_EXTRA) {
         bool urgent;
         uint32_t shard = shard_take(source, window, &urgent);

@@ -236,7 +236,8 @@ static bool slice_next(struct tcp_link *link)
     return true;
 }
 
-/* After a slice: another one's turn, or all of it has been handed over. */
+/* After a slice: all of it has been handed over, or its turn is over and another one's begins. A turn is many slices
+ * long: whole shards soon are worth more than parts of many, and they land in memory that is still in the cache. */
 static void slice_over(struct tcp_link *link)
 {
     struct tcp_exposure *e = link->slice.exposure;
@@ -245,8 +246,10 @@ static void slice_over(struct tcp_link *link)
         return;
     if (e->sent < e->length) {
         struct tcp_exposure **list = link->urgent == e ? &link->urgent : &link->normal;
-        DL_DELETE(*list, e);
-        DL_APPEND(*list, e);
+        if (e->sent % TCP_SHARE_BYTES == 0) {
+            DL_DELETE(*list, e);
+            DL_APPEND(*list, e);
+        }
         return;
     }
     uint32_t id = e->id;

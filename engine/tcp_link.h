@@ -18,9 +18,11 @@
 #include "engine/tcp_socket.h"
 #include "engine/transport.h"
 
-#define TCP_PREFACE_BYTES    8
-#define TCP_HEAD_BYTES       20
-#define TCP_SLICE_BYTES      (1u << 20) /* payload of one DATA frame */
+#define TCP_PREFACE_BYTES 8
+#define TCP_HEAD_BYTES    20
+#define TCP_SLICE_BYTES   (1u << 20) /* payload of one DATA frame */
+#define TCP_SHARE_BYTES \
+    (8u << 20) /* of one exposure, a multiple of slices, before another's turn */
 #define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
 #define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
 #define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
