@@ -52,6 +52,12 @@ def ask(node, request):
     return json.loads(text)
 
 
+def strangers(*nodes):
+    """How many p2pfs mounts this machine has besides the test's own."""
+    own = {str(node.dir) for node in nodes}
+    return sum(kind == "fuse.p2pfs" and point not in own for point, kind, _, _ in fuse.mounts())
+
+
 @pytest.fixture
 def source(tmp_path):
     """A small checkpoint outside of any mount."""
@@ -260,7 +266,8 @@ def test_pull_closes_with_the_rate(two, source):
     line = r"1 file, 5\.0 MiB \(%d bytes\) pulled in (\d+\.\d+) s, (\d+\.\d+) GB/s\n" % size
     match = re.fullmatch(line, done.stdout)
     assert match and done.stderr == "", done
-    assert float(match[2]) == pytest.approx(size / float(match[1]) / 1e9, abs=0.01, rel=0.05)
+    seconds, rate = float(match[1]), float(match[2])  # both are rounded
+    assert size / (seconds + 0.0006) / 1e9 - 0.006 < rate < size / (seconds - 0.0006) / 1e9 + 0.006
     assert b.xattr("ckpt/model.safetensors", "state") == "complete"
     again = b.cli("pull", "ckpt")
     assert "5.0 MiB were here already" in again.stdout and again.stdout.startswith("3 files, ")
@@ -482,16 +489,19 @@ def test_metrics_are_prometheus_text(two, source):
 
 def test_doctor(two):
     a, _ = two
+    others = strangers(*two)
     done = run_p2pfs("doctor")
     assert re.search(r"^good +/dev/fuse", done.stdout, re.MULTILINE)
     report = json.loads(run_p2pfs("doctor", "--json").stdout)
     assert report["ok"]
     levels = {finding["what"]: finding["level"] for finding in report["findings"]}
     assert levels["/dev/fuse"] == "good" and {"kernel", "libfuse", "storage", "TCP"} <= set(levels)
-    assert "2 here, 2 of them answer" in done.stdout
+    assert f"{2 + others} here, " in done.stdout
+    assert others or "2 here, 2 of them answer" in done.stdout
     a.kill9(unmount=False)
     done = run_p2pfs("doctor")
-    assert f"umount -l {a.dir}" in done.stdout and "2 here, 1 of them answer" in done.stdout
+    assert f"umount -l {a.dir}" in done.stdout
+    assert others or "2 here, 1 of them answer" in done.stdout
 
 
 def test_doctor_names_a_mount_that_hangs(two):
@@ -519,7 +529,8 @@ def test_a_mount_is_found_from_anywhere(cluster, source, tmp_path):
     node = cluster.node("n1")
     shutil.copytree(source, node.path("ckpt"))
     assert json.loads(run_p2pfs("status", "--json", cwd=node.path("ckpt")).stdout)["node"] == "n1"
-    assert json.loads(run_p2pfs("status", "--json").stdout)["node"] == "n1"  # the only one
+    if not strangers(node):
+        assert json.loads(run_p2pfs("status", "--json").stdout)["node"] == "n1"
     link = tmp_path / "link"
     link.symlink_to(node.dir)
     inner = tmp_path / "inner"
@@ -552,7 +563,8 @@ def test_a_mount_point_with_odd_characters(make_cluster, source):
 
 
 def test_several_mounts_need_a_name(two, tmp_path):
-    failed(run_p2pfs("status", cwd=tmp_path, check=False), "2 p2pfs mounts", "name one")
+    count = 2 + strangers(*two)
+    failed(run_p2pfs("status", cwd=tmp_path, check=False), f"{count} p2pfs mounts", "name one")
 
 
 # -- the control file itself
