@@ -14,6 +14,7 @@ static int print_all(void)
          "META: local:///DIRECTORY   metadata in that directory, for the mounts of this machine\n"
          "      redis://[USER@]HOST[:PORT][/DB][?prefix=NAME]   in Redis or Valkey, for all that "
          "reach it\n"
+         "      etcd://HOST:PORT[,HOST:PORT...][/PREFIX]        in etcd v3, likewise\n"
          "-f: stay in the foreground. umount DIR ends a mount.\n"
          "\n"
          "commands (p2pfs help COMMAND says more):");
