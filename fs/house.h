@@ -31,8 +31,8 @@ struct house {
     struct work *chores; /* what may wait for a local disk or for this very mount */
     /* Invalidations: they may wait for requests of this mount, so nothing else queues here. */
     struct work *notices;
-    char *mountpoint;  /* absolute */
-    _Atomic dev_t dev; /* of the mount; 0 until it serves */
+    char *mountpoint; /* absolute */
+    dev_t dev;        /* of the mount; 0 until it serves */
     uint64_t started_ms;
     uint32_t uid; /* of the mounting user: may use the control file besides root */
 

@@ -255,14 +255,7 @@ static int mount_run(struct house *house, const struct model_attr *root)
         complain(house->mountpoint, rc, why);
         goto quiet_files;
     }
-    sigset_t ends; /* the other threads keep them blocked */
-    sigemptyset(&ends);
-    sigaddset(&ends, SIGTERM);
-    sigaddset(&ends, SIGINT);
-    sigaddset(&ends, SIGHUP);
-    pthread_sigmask(SIG_UNBLOCK, &ends, NULL);
     rc = session_serve(house);
-    pthread_sigmask(SIG_BLOCK, &ends, NULL);
     status = rc == 0 ? 0 : 1;
     if (rc != 0)
         log_error("%s: the kernel ended the mount: %s", house->mountpoint, strerror(-rc));

@@ -58,12 +58,12 @@ static bool topmost(const char *absolute, struct mount_line *out)
     return out->type != NULL;
 }
 
-bool mountpoint_has(const char *absolute, dev_t device)
+dev_t mountpoint_device(const char *absolute)
 {
     struct mount_line mount;
-    bool found = topmost(absolute, &mount) && mount.device == device;
+    dev_t device = topmost(absolute, &mount) ? mount.device : 0;
     free(mount.type);
-    return found;
+    return device;
 }
 
 /* An absolute path for the last component as it stands, for looking it up among the mounts

@@ -12,8 +12,8 @@
  * attributes that the mount's root takes over. Otherwise negative errno and one sentence with
  * the remedy (malloc'd). */
 int mountpoint_check(const char *dir, char **absolute, struct model_attr *root, char **error);
-/* Whether what is mounted at the absolute path, the topmost, is this device. Touches no file
+/* The device of what is mounted at the absolute path, the topmost; 0: nothing. Touches no file
  * system but /proc. */
-bool mountpoint_has(const char *absolute, dev_t device);
+dev_t mountpoint_device(const char *absolute);
 
 #endif

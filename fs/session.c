@@ -2,6 +2,8 @@
 
 #include <errno.h>
 #include <fuse_lowlevel.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -72,7 +74,21 @@ int session_open(struct house *house, char **error)
                  house->mountpoint, complaint[0] == '\0' ? "the kernel refused" : complaint) < 0)
         *error = NULL;
     mounted = rc == 0;
+    if (mounted)
+        house->dev = mountpoint_device(house->mountpoint);
     return rc;
+}
+
+/* Blocked in every thread but while this one serves: by default they would end the process with
+ * the mount in place. */
+static void signals_heed(int how)
+{
+    sigset_t ends;
+    sigemptyset(&ends);
+    sigaddset(&ends, SIGTERM);
+    sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGHUP);
+    pthread_sigmask(how, &ends, NULL);
 }
 
 int session_serve(struct house *house)
@@ -84,7 +100,9 @@ int session_serve(struct house *house)
     fuse_loop_cfg_set_clone_fd(config, 0);
     fuse_loop_cfg_set_max_threads(config, SESSION_WORKERS);
     fuse_loop_cfg_set_idle_threads(config, SESSION_WORKERS);
+    signals_heed(SIG_UNBLOCK);
     rc = fuse_session_loop_mt(house->session, config);
+    signals_heed(SIG_BLOCK);
     fuse_loop_cfg_destroy(config);
     fuse_remove_signal_handlers(house->session);
     return rc < 0 ? rc : 0; /* positive: the signal that ended it */
@@ -92,7 +110,8 @@ int session_serve(struct house *house)
 
 void session_unmount(struct house *house)
 {
-    if (house->session == NULL || house->dev == 0 || !mountpoint_has(house->mountpoint, house->dev))
+    if (house->session == NULL || house->dev == 0 ||
+        mountpoint_device(house->mountpoint) != house->dev)
         return;
     /* Force: requests that nobody reads any more would keep their callers, and our own notices,
      * for ever. libfuse would close the device too, which threads of the engine may still be
@@ -137,7 +156,6 @@ static void become_ready(struct work_job *job)
     struct house *house = ready->house;
     struct stat st;
     if (stat(house->mountpoint, &st) == 0) {
-        house->dev = st.st_dev;
         read_ahead_set(st.st_dev);
         log_info("%s: mounted; node %s", house->mountpoint, house->options.node);
         house->serving(house);
