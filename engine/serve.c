@@ -292,6 +292,9 @@ static void attach(struct session *s, const struct wire_message *message)
                                     .complete = complete,
                                     .bitmap = told};
     digests_send(s, follow); /* first, so that the puller can ask anybody at once */
+    if (!follow->told_digests && atomic_load(&replica->all_known)) {
+        follow->told_changes = changes - 1; /* the queue was full: still news */
+    }
     if (message_send(s, &attached) < 0) {
         session_refuse(s, "does not read what it is sent");
     }
