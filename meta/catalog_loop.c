@@ -63,6 +63,7 @@ static int loop_relist(struct catalog *c)
     feed_adopt(c);
     c->relearn = true;
     c->lease = 0; /* leases went with the service */
+    c->renew_ms = 0;
     return feed_list(c, &replaced);
 }
 
@@ -100,11 +101,17 @@ static void loop_connect(struct catalog *c)
     c->retry_ms = util_now_ms() + c->backoff_ms;
 }
 
+/* Whether this node has something that stands with a lease; it may have lost the lease itself. */
+static bool loop_wants_lease(const struct catalog *c)
+{
+    return c->lease != 0 || c->serving || c->held;
+}
+
 /* Renews the lease. Also between changes, when the queue is long. */
 static void loop_renew(struct catalog *c)
 {
     uint64_t now = util_now_ms();
-    if ((c->lease == 0 && !c->held_open) || now < c->renew_ms || c->failed != 0)
+    if (!loop_wants_lease(c) || now < c->renew_ms || c->failed != 0)
         return;
     int rc = c->lease != 0 ? hold_renew(c) : hold_recover(c);
     if (rc == -ESTALE)
@@ -117,6 +124,7 @@ static void loop_duties(struct catalog *c)
 {
     loop_renew(c);
     int rc = c->failed == 0 && c->stale ? loop_relist(c) : 0;
+    loop_renew(c); /* the service may have turned out to be another one */
     if (rc == 0 && c->failed == 0)
         rc = sweep_clear(c);
     if (rc == 0 && c->failed == 0)
@@ -178,7 +186,7 @@ static void loop_wait(struct catalog *c)
         struct pollfd wake = {.fd = c->wake_fd, .events = POLLIN};
         poll(&wake, 1, c->retry_ms > now ? (int)(c->retry_ms - now) : 0);
     } else {
-        if ((c->lease != 0 || c->held_open) && c->renew_ms < due)
+        if (loop_wants_lease(c) && c->renew_ms < due)
             due = c->renew_ms;
         if (c->sweep_ms < due)
             due = c->sweep_ms;
