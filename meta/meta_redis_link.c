@@ -460,6 +460,7 @@ int redis_head(struct redis *s, const redisReply *reply, size_t least, uint64_t 
 static const struct redis_error redis_errors[] = {
     {"The user executing the script", -EACCES,
      "the user may not do what p2pfs needs; see ACL in p2pfs-metadata(5)"},
+    {"unauthenticated", -EACCES, "it wants a password; give -o credentials=FILE"},
     {"NOAUTH", -EACCES, "it wants a password; give -o credentials=FILE"},
     {"WRONGPASS", -EACCES, "user or password is wrong; check the credentials file"},
     {"invalid password", -EACCES, "the password is wrong; check the credentials file"},
