@@ -38,6 +38,20 @@ static struct inode *lookup_control(struct house *house, const struct inode *par
     return NULL;
 }
 
+/* What to say of a name that is not there: when its directory has gone or was replaced, the
+ * kernel shall look that one up again, or a tree that is renamed into its place would seem empty
+ * for a moment. */
+static int missing(struct house *house, const struct inode *parent)
+{
+    struct model_entry entry;
+    if (parent == inode_root(house->inodes))
+        return -ENOENT;
+    int rc = catalog_entry(house->catalog, parent->key.id, &entry);
+    if (rc == 0)
+        model_entry_clear(&entry);
+    return rc == -ENOENT ? -ESTALE : -ENOENT;
+}
+
 void dir_lookup(fuse_req_t req, fuse_ino_t nodeid, const char *name)
 {
     struct house *house = reply_house(req);
@@ -56,6 +70,8 @@ void dir_lookup(fuse_req_t req, fuse_ino_t nodeid, const char *name)
         if (rc == 0) {
             rc = inode_get(house->inodes, &entry, &inode);
             model_entry_clear(&entry);
+        } else if (rc == -ENOENT) {
+            rc = missing(house, parent);
         }
     }
     if (rc != 0)

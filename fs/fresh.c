@@ -442,7 +442,7 @@ static void fresh_settle(struct fresh *draft, enum fresh_state state, int error)
                                 CATALOG_SET_MTIME,
                             &attr, notice_nothing, NULL);
     } else if (name != NULL) {
-        notice_entry(house, parent, name);
+        notice_gone(house, parent, name);
     }
     while (closers != NULL) {
         struct fresh_closer *closer = closers;

@@ -36,7 +36,8 @@ struct house {
     uint64_t started_ms;
     uint32_t uid; /* of the mounting user: may use the control file besides root */
 
-    /* Events of the catalog pass here: engine is cleared under the gate before it is closed. */
+    /* Events of the catalog pass here: events_to and notices are cleared under the gate before
+     * they are closed. */
     pthread_mutex_t gate;
     struct engine *events_to;
 

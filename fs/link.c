@@ -29,8 +29,8 @@ void link_readlink(fuse_req_t req, fuse_ino_t nodeid)
     struct model_entry entry;
     int rc = inode->kind == INODE_SYMLINK ? catalog_entry(house->catalog, inode->key.id, &entry)
                                           : -EINVAL;
-    if (rc != 0) {
-        reply_status(req, rc);
+    if (rc != 0) { /* flipped or gone since the kernel looked: it shall look again */
+        reply_status(req, rc == -ENOENT ? -ESTALE : rc);
         return;
     }
     fuse_reply_readlink(req, entry.target);

@@ -36,7 +36,7 @@ static int listing_fill(struct house *house, const struct inode *dir, struct lis
     int rc = fresh_names(house, dir->key.id, &listing->drafts, &listing->draft_count);
     if (rc == 0)
         rc = catalog_list(house->catalog, dir->key.id, &listing->entries);
-    return rc == -ENOENT ? 0 : rc; /* removed while it is open: empty */
+    return rc;
 }
 
 void list_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
@@ -45,6 +45,8 @@ void list_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
     struct inode *dir = inode_by_nodeid(house->inodes, nodeid);
     struct listing *listing = calloc(1, sizeof(*listing));
     int rc = listing == NULL ? -ENOMEM : listing_fill(house, dir, listing);
+    if (rc == -ENOENT)
+        rc = -ESTALE; /* removed or replaced since the kernel looked: it shall look again */
     if (rc == 0) {
         fi->fh = (uintptr_t)listing;
         if (fuse_reply_open(req, fi) == 0)
@@ -180,6 +182,8 @@ static void fill(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
     if (offset == 0 && listing->begun) { /* rewound */
         listing_clear(listing);
         rc = listing_fill(house, filling.dir, listing);
+        if (rc == -ENOENT) /* removed while it is open: empty */
+            rc = 0;
     }
     listing->begun = true;
     filling.bytes = malloc(size);

@@ -23,6 +23,7 @@
 #include "fs/house.h"
 #include "fs/inode.h"
 #include "fs/mountpoint.h"
+#include "fs/notice.h"
 #include "fs/options.h"
 #include "fs/read.h"
 #include "fs/session.h"
@@ -75,6 +76,15 @@ static void node_changed(void *arg, const char *node, bool up)
     pthread_mutex_unlock(&house->gate);
 }
 
+static void name_changed(void *arg, uint64_t parent, const char *name)
+{
+    struct house *house = arg;
+    pthread_mutex_lock(&house->gate);
+    if (house->notices != NULL)
+        notice_stale(house, parent, name);
+    pthread_mutex_unlock(&house->gate);
+}
+
 static void gate_set(struct house *house, struct engine *engine)
 {
     pthread_mutex_lock(&house->gate);
@@ -124,6 +134,7 @@ static int open_catalog(struct house *house, uint64_t boot)
                                     .lease_ms = MAIN_LEASE_MS,
                                     .orphan_ttl_s = options->orphan_ttl_s,
                                     .events = {.arg = house,
+                                               .name_changed = name_changed,
                                                .version_gone = version_gone,
                                                .version_sealed = version_sealed,
                                                .node_changed = node_changed}};
@@ -188,12 +199,21 @@ static int open_files(struct house *house, const struct model_attr *root)
     if (rc == 0)
         rc = work_open(MAIN_CHORES, &house->chores);
     if (rc == 0)
-        rc = work_open(1, &house->notices);
-    if (rc == 0)
         rc = control_open(house, &house->control);
     if (rc != 0)
         complain("starting", rc, NULL);
     return rc;
+}
+
+/* With a session to tell. Without a thread for them, there are no notices. */
+static void notices_open(struct house *house)
+{
+    struct work *notices = NULL;
+    if (work_open(1, &notices) != 0)
+        return;
+    pthread_mutex_lock(&house->gate);
+    house->notices = notices;
+    pthread_mutex_unlock(&house->gate);
 }
 
 /* Ends what answers requests. The engine and the catalog still run, for what is under way. */
@@ -204,8 +224,10 @@ static void quiet_files(struct house *house)
     session_unmount(house);
     control_close(house->control);
     work_close(house->chores);
+    pthread_mutex_lock(&house->gate);
     struct work *notices = house->notices;
     house->notices = NULL;
+    pthread_mutex_unlock(&house->gate);
     work_close(notices);
     parking_close(house->parking);
 }
@@ -255,6 +277,7 @@ static int mount_run(struct house *house, const struct model_attr *root)
         complain(house->mountpoint, rc, why);
         goto quiet_files;
     }
+    notices_open(house);
     rc = session_serve(house);
     status = rc == 0 ? 0 : 1;
     if (rc != 0)

@@ -8,7 +8,9 @@
 #include "fs/inode.h"
 
 void notice_inode(struct house *house, struct inode *inode); /* its pages */
-void notice_entry(struct house *house, uint64_t parent, const char *name);
+void notice_gone(struct house *house, uint64_t parent, const char *name);
+void notice_stale(struct house *house, uint64_t parent,
+                  const char *name); /* another node changed it */
 void notice_nothing(void *arg, int status,
                     const struct model_entry *entry); /* a catalog_done for nobody */
 

@@ -517,6 +517,32 @@ def test_listing_is_true_under_concurrent_change(node):
         thread.join()
 
 
+def test_a_tree_that_replaces_another_is_never_seen_empty(two):
+    a, b = two
+    for name in ("one", "two"):
+        os.mkdir(a.path(name))
+        a.path(name, "f").write_text(name)
+    seen(b, "two/f")
+    stop, wrong = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            try:
+                if os.listdir(b.path("one")) != ["f"] or b.path("one/f").read_text() not in ("one", "two"):
+                    wrong.append("half")
+            except OSError as error:
+                wrong.append(str(error))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(30):
+        renameat2(a.path("one"), a.path("two"), RENAME_EXCHANGE)
+        time.sleep(0.04)
+    stop.set()
+    watcher.join()
+    assert not wrong
+
+
 def test_removing_while_listing(node):
     os.mkdir(node.path("d"))
     for index in range(500):
@@ -542,5 +568,27 @@ def test_tags_flip_atomically(two, sh):
     eventually(lambda: b.path("latest/w").read_text() == "2000", 1.5)
     sh(f"cd {a.dir} && ln -s step-1000 new && mv -T new latest")
     eventually(lambda: b.path("latest/w").read_text() == "1000", 1.5)
+    stop, wrong = threading.Event(), []
+
+    def watch(node):
+        while not stop.is_set():
+            try:
+                value = node.path("latest/w").read_text()
+                assert value in ("1000", "2000"), value
+                assert os.listdir(node.path("latest")) == ["w"]
+            except (OSError, AssertionError) as error:
+                wrong.append(f"{node.name}: {error}")
+
+    watchers = [threading.Thread(target=watch, args=(node,)) for node in two]
+    for watcher in watchers:
+        watcher.start()
+    for turn in range(40):
+        os.symlink(f"step-{1 + turn % 2}000", a.path("next"))
+        os.rename(a.path("next"), a.path("latest"))
+        time.sleep(0.05)
+    stop.set()
+    for watcher in watchers:
+        watcher.join()
+    assert not wrong
     sh(f"cd {a.dir} && ln -s ../elsewhere/x dangling")
     assert os.readlink(a.path("dangling")) == "../elsewhere/x"
