@@ -497,15 +497,9 @@ static bool etcd_endpoint_fits(const char *text)
     return true;
 }
 
-static int etcd_url_parse(struct etcd *s, const char *url)
+/* What stands behind "etcd://", which is cut in pieces. */
+static int etcd_rest_parse(struct etcd *s, char *text)
 {
-    int rc = credentials_url_check(url);
-    if (rc < 0)
-        return rc;
-    s->encrypted = strncmp(url, "etcds:", 6) == 0;
-    util_autofree char *text = strdup(strstr(url, "://") + 3);
-    if (!text)
-        return -ENOMEM;
     char *slash = strchr(text, '/');
     if (slash)
         *slash = '\0';
@@ -534,6 +528,18 @@ static int etcd_url_parse(struct etcd *s, const char *url)
         s->endpoint_count++;
     }
     return 0;
+}
+
+static int etcd_url_parse(struct etcd *s, const char *url)
+{
+    int rc = credentials_url_check(url);
+    if (rc < 0)
+        return rc;
+    s->encrypted = strncmp(url, "etcds:", 6) == 0;
+    char *text = strdup(strstr(url, "://") + 3);
+    rc = text ? etcd_rest_parse(s, text) : -ENOMEM;
+    free(text);
+    return rc;
 }
 
 static void etcd_close(struct meta_store *store)

@@ -13,10 +13,10 @@
 #define ETCD_TRY_MS 1200 /* one endpoint of several, before another one is asked */
 
 struct etcd_error {
-    int code;         /* of gRPC; 0: any */
     const char *part; /* what etcd's sentence contains */
-    int rc;
     const char *remedy;
+    int code; /* of gRPC; 0: any */
+    int rc;
     bool log_in; /* our token is no longer good */
 };
 static const struct etcd_error *etcd_error_of(const char *text, int code);
@@ -318,27 +318,58 @@ int etcd_stream(struct etcd *s, const char *path, cJSON *request, struct http_st
 }
 
 static const struct etcd_error etcd_errors[] = {
-    {5, "lease", -ENOENT, "", false},
-    {11, "required revision", -ESTALE, "", false},
-    {8, "space", -ENOSPC, "its quota is full; compact and defragment it, then disarm its alarm",
-     false},
-    {8, "", -ETIMEDOUT, "it is overloaded", false},
-    {0, "invalid auth token", -EACCES, "check user and password in the credentials file", true},
-    {0, "revision of auth store", -EACCES, "its users were changed just now", true},
-    {0, "user name is empty", -EACCES, "it wants a user; give -o credentials=FILE", true},
-    {0, "authentication failed", -EACCES, "user or password is wrong; check the credentials file",
-     true},
-    {0, "authentication is not enabled", -EACCES,
-     "it has no users; leave user= and password= out of the credentials file", false},
-    {0, "permission denied", -EACCES,
-     "the user may not read and write below the prefix; see p2pfs-metadata(5)", false},
-    {16, "", -EACCES, "check user and password in the credentials file", true},
-    {7, "", -EACCES, "the user may not do that; see p2pfs-metadata(5)", false},
-    {3, "too large", -EBADMSG, "raise --max-request-bytes", false},
-    {0, "corrupt", -EIO, "look at its log", false},
-    {4, "", -ETIMEDOUT, "is its cluster healthy?", false},
-    {14, "", -ETIMEDOUT, "is its cluster healthy?", false},
-    {0, "", -EBADMSG, "p2pfs did not expect that; it needs etcd 3.4 or newer", false},
+    {.code = 5, .part = "lease", .rc = -ENOENT, .remedy = ""},
+    {.code = 11, .part = "required revision", .rc = -ESTALE, .remedy = ""},
+    {.code = 8,
+     .part = "space",
+     .rc = -ENOSPC,
+     .remedy = "its quota is full; compact and defragment it, then disarm its alarm"},
+    {.code = 8, .part = "", .rc = -ETIMEDOUT, .remedy = "it is overloaded"},
+    {.code = 0,
+     .part = "invalid auth token",
+     .rc = -EACCES,
+     .remedy = "check user and password in the credentials file",
+     .log_in = true},
+    {.code = 0,
+     .part = "revision of auth store",
+     .rc = -EACCES,
+     .remedy = "its users were changed just now",
+     .log_in = true},
+    {.code = 0,
+     .part = "user name is empty",
+     .rc = -EACCES,
+     .remedy = "it wants a user; give -o credentials=FILE",
+     .log_in = true},
+    {.code = 0,
+     .part = "authentication failed",
+     .rc = -EACCES,
+     .remedy = "user or password is wrong; check the credentials file",
+     .log_in = true},
+    {.code = 0,
+     .part = "authentication is not enabled",
+     .rc = -EACCES,
+     .remedy = "it has no users; leave user= and password= out of the credentials file"},
+    {.code = 0,
+     .part = "permission denied",
+     .rc = -EACCES,
+     .remedy = "the user may not read and write below the prefix; see p2pfs-metadata(5)"},
+    {.code = 16,
+     .part = "",
+     .rc = -EACCES,
+     .remedy = "check user and password in the credentials file",
+     .log_in = true},
+    {.code = 7,
+     .part = "",
+     .rc = -EACCES,
+     .remedy = "the user may not do that; see p2pfs-metadata(5)"},
+    {.code = 3, .part = "too large", .rc = -EBADMSG, .remedy = "raise --max-request-bytes"},
+    {.code = 0, .part = "corrupt", .rc = -EIO, .remedy = "look at its log"},
+    {.code = 4, .part = "", .rc = -ETIMEDOUT, .remedy = "is its cluster healthy?"},
+    {.code = 14, .part = "", .rc = -ETIMEDOUT, .remedy = "is its cluster healthy?"},
+    {.code = 0,
+     .part = "",
+     .rc = -EBADMSG,
+     .remedy = "p2pfs did not expect that; it needs etcd 3.4 or newer"},
 };
 
 static const struct etcd_error *etcd_error_of(const char *text, int code)

@@ -18,28 +18,28 @@
 
 struct etcd {
     struct meta_store store;
-    bool encrypted;
     char *endpoints[ETCD_ENDPOINTS]; /* "http://host:port" */
     size_t endpoint_count;
-    size_t endpoint;                  /* the one that is asked */
-    char prefix[ETCD_PREFIX_MAX + 2]; /* with its '/' */
+    size_t endpoint; /* the one that is asked */
     struct credentials credentials;
     char *token; /* NULL: not logged in */
     struct http *http;
 
     struct http_stream *watch; /* NULL: none */
-    char *watched;             /* the prefix that it watches, with ours */
+    char *watched;             /* the prefix that it watches */
     uint64_t position;         /* all up to here has been told from it */
-    bool created;              /* the service has confirmed it */
     uint64_t watch_ms;         /* when it must have been confirmed */
-
-    char epoch[33];   /* of what was listed; "": nothing yet */
-    char cluster[24]; /* likewise */
-    bool gap;         /* it is another one now */
-    char *waited;     /* the prefix whose feed is read; NULL: none yet */
+    char *waited;              /* the prefix whose feed is read; NULL: none yet */
     uint64_t deadline_ms;
-    bool down;       /* an outage has been logged */
-    char cause[512]; /* why the last call failed, with the remedy */
+
+    bool created; /* the service has confirmed the watch */
+    bool gap;     /* the data is not what was listed */
+    bool down;    /* an outage has been logged */
+    bool encrypted;
+    char epoch[33];                   /* of what was listed; "": nothing yet */
+    char cluster[24];                 /* likewise */
+    char prefix[ETCD_PREFIX_MAX + 2]; /* with its '/' */
+    char cause[512];                  /* why the last call failed, with the remedy */
 };
 
 static inline struct etcd *etcd_of(struct meta_store *store)

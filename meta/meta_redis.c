@@ -131,7 +131,7 @@ static int redis_changes_tell(struct redis *s, const redisReply *changed, size_t
                               const char *prefix, uint64_t *reached, meta_event_fn each, void *arg,
                               int *told, int *asked)
 {
-    struct meta_event event;
+    struct meta_event event = {0};
     size_t count = changed->elements;
     int rc = 0;
     if (count >= limit) {
@@ -147,7 +147,7 @@ static int redis_changes_tell(struct redis *s, const redisReply *changed, size_t
     }
     for (size_t i = 0; rc == 0 && i < count; i++) {
         rc = redis_change_read(s, changed->element[i], &event);
-        if (rc < 0 || strncmp(event.key, prefix, strlen(prefix)) != 0)
+        if (rc != 0 || !event.key || strncmp(event.key, prefix, strlen(prefix)) != 0)
             continue;
         (*told)++;
         *asked = each(arg, &event);
@@ -363,15 +363,9 @@ static int redis_host_parse(struct redis *s, char *text)
     return s->host ? 0 : -ENOMEM;
 }
 
-static int redis_url_parse(struct redis *s, const char *url)
+/* What stands behind "redis://", which is cut in pieces. */
+static int redis_rest_parse(struct redis *s, char *text)
 {
-    int rc = credentials_url_check(url);
-    if (rc < 0)
-        return rc;
-    s->encrypted = strncmp(url, "rediss:", 7) == 0;
-    util_autofree char *text = strdup(strstr(url, "://") + 3);
-    if (!text)
-        return -ENOMEM;
     char *query = redis_cut(text, '?');
     char *number = redis_cut(text, '/');
     char *host = redis_cut(text, '@');
@@ -390,6 +384,18 @@ static int redis_url_parse(struct redis *s, const char *url)
     if (host && !s->credentials.user && !(s->credentials.user = strdup(text)))
         return -ENOMEM;
     return redis_host_parse(s, host ? host : text);
+}
+
+static int redis_url_parse(struct redis *s, const char *url)
+{
+    int rc = credentials_url_check(url);
+    if (rc < 0)
+        return rc;
+    s->encrypted = strncmp(url, "rediss:", 7) == 0;
+    char *text = strdup(strstr(url, "://") + 3);
+    rc = text ? redis_rest_parse(s, text) : -ENOMEM;
+    free(text);
+    return rc;
 }
 
 static int redis_credentials(struct redis *s, const char *file)

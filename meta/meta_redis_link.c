@@ -170,7 +170,7 @@ static int redis_command(struct redis *s, redisContext *context, int argc, const
     int rc = redis_send(s, context, argc, argv);
     if (rc == 0)
         rc = redis_take(s, context, reply);
-    if (rc < 0)
+    if (rc != 0 || !*reply)
         return rc;
     if ((*reply)->type != REDIS_REPLY_ERROR)
         return 0;
@@ -334,7 +334,7 @@ static int redis_identify(struct redis *s)
     char policy[32] = "";
     char limit[32] = "0";
     int rc = redis_command(s, s->ask, 1, (const char *[]){"INFO"}, &reply);
-    if (rc == 0) {
+    if (rc == 0 && reply) {
         if (reply->type == REDIS_REPLY_STRING) {
             redis_info_read(reply->str, "\nrun_id:", run, sizeof(run));
             redis_info_read(reply->str, "\nmaxmemory:", limit, sizeof(limit));
@@ -430,7 +430,7 @@ int redis_run(struct redis *s, int argc, const char *const *argv, redisReply **o
         if (rc == 0)
             rc = redis_take(s, s->ask, &reply);
     }
-    if (rc < 0)
+    if (rc != 0)
         return rc;
     if (reply->type == REDIS_REPLY_ERROR)
         rc = redis_refused(s, reply->str);

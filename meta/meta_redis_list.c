@@ -96,7 +96,8 @@ static int redis_pages_get(struct redis *s, const char *prefix, struct redis_pag
             after = strdup(more ? records->element[2 * REDIS_PAGE - 2]->str : "");
             if (!after)
                 rc = redis_fail(s, -ENOMEM, "out of memory");
-            end = &(*end)->next;
+            while (*end)
+                end = &(*end)->next;
         }
         freeReplyObject(reply);
     }
