@@ -870,7 +870,7 @@ static const struct fault {
     {"short fetches", {.short_fetch_each = 3}, true},
     {"flipped bits", {.flip_fetch_each = 13}, false}, /* both holders end up in quarantine */
     {"refused submits", {.refuse_submit_each = 7}, true},
-    {"full queues", {.full_queue_each = 3}, true},
+    {"full queues", {.full_queue_each = 4}, true}, /* 3 would be every PROOF */
     {"stalled fetches", {.stall_fetch_each = 40}, true},
     {"mixed",
      {.delay_ms = 1,

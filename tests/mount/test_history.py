@@ -384,7 +384,8 @@ def play(nodes, seed, steps):
         raise
     finally:
         history.close()
-    print(f"{done} steps in {time.monotonic() - began:.1f} s, {len(list(history.model.paths()))} names")
+    names = len(list(history.model.paths()))
+    print(f"{done} steps in {time.monotonic() - began:.1f} s, {names} names")
     return history
 
 

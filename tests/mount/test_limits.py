@@ -205,7 +205,8 @@ def test_a_pulled_file_is_in_memory_once(cluster, tmp_path):
     grown = own - own_before + shared - shared_before
     print(
         f"own {(own - own_before) / MIB:.1f} MiB, replica {(shared - shared_before) / MIB:.1f} MiB,"
-        f" the machine's shared memory {(shmem() - shmem_before) / MIB:.1f} MiB, for {size / MIB} MiB"
+        f" the machine's shared memory {(shmem() - shmem_before) / MIB:.1f} MiB,"
+        f" for {size / MIB:.0f} MiB"
     )
     assert grown <= 1.05 * size
     assert used(other) <= 1.05 * size

@@ -269,7 +269,7 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
         for name, content in data.items():
             assert node.path(name).read_bytes() == content
         assert received(node) == count * size
-    # Loopback is no bottleneck, and the pull over in half a second: how much peers take part is luck.
+    # Loopback is no bottleneck, and the pull short: how much peers take part is luck.
     copies = served(registrar) / (count * size)
     print(f"the registrar served {copies:.2f} copies to {len(pullers)} nodes")
     everything = sum(served(node) for node in [registrar, *pullers])
