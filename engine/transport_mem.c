@@ -263,7 +263,8 @@ static void delayed_run(struct loop_timer *timer)
     struct mem_transport *t = util_container(timer, struct mem_transport, wait);
     loop_timer_set(t->base.loop, timer, MEM_NEVER_NS);
     struct mem_letter *letter;
-    while ((letter = t->delayed) && letter->due_ns <= util_now_ns()) {
+    uint64_t now = util_now_ns();
+    while ((letter = t->delayed) && letter->due_ns <= now) {
         t->delayed = letter->next;
         if (!t->delayed)
             t->delayed_last = &t->delayed;
@@ -271,7 +272,7 @@ static void delayed_run(struct loop_timer *timer)
         letter_free(letter);
     }
     if (letter)
-        loop_timer_set(t->base.loop, timer, letter->due_ns - util_now_ns());
+        loop_timer_set(t->base.loop, timer, letter->due_ns - now);
 }
 
 /* A letter nobody will open. Who tries to connect learns it. */
