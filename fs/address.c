@@ -29,7 +29,7 @@ static int port_pick(const char *listen_at)
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *found = NULL;
     if (getaddrinfo(host + bracketed, "0", &hints, &found) != 0)
         return -EADDRNOTAVAIL;
-    struct sockaddr_storage bound;
+    struct sockaddr_storage bound = {0};
     socklen_t size = sizeof(bound);
     util_autoclose int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     int rc = fd < 0 || bind(fd, found->ai_addr, found->ai_addrlen) != 0 ||

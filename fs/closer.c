@@ -108,7 +108,7 @@ static bool process_maps(pid_t process, uint64_t inode)
     FILE *maps = fopen(path, "re");
     if (maps == NULL)
         return false;
-    util_autofree char *line = NULL;
+    char *line = NULL;
     size_t size = 0;
     bool found = false;
     while (!found && getline(&line, &size, maps) > 0) {
@@ -117,6 +117,7 @@ static bool process_maps(pid_t process, uint64_t inode)
         found = sscanf(line, "%*s %7s %*s %*s %llu", permissions, &number) == 2 &&
                 number == inode && permissions[3] == 's';
     }
+    free(line);
     fclose(maps);
     return found;
 }

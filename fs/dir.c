@@ -312,18 +312,20 @@ static int rename_draft(fuse_req_t req, struct house *house, uint64_t parent, co
 {
     struct model_entry target;
     bool exists = known(house, new_parent, new_name, &target);
-    enum model_kind kind = exists ? target.kind : 0;
+    bool directory = exists && target.kind == MODEL_DIR;
+    bool file = exists && target.kind == MODEL_FILE;
+    bool symlink = exists && target.kind == MODEL_SYMLINK;
     if (exists)
         model_entry_clear(&target);
     if (flags & RENAME_EXCHANGE)
         return -EINVAL; /* half of it could be seen by this node only */
     if ((flags & RENAME_NOREPLACE) && (exists || fresh_exists(house, new_parent, new_name)))
         return -EEXIST;
-    if (kind == MODEL_DIR)
+    if (directory)
         return -EISDIR;
-    if (kind == MODEL_FILE && !house->options.allow_overwrite)
+    if (file && !house->options.allow_overwrite)
         return -EPERM;
-    if (kind != MODEL_SYMLINK) {
+    if (!symlink) {
         int rc = fresh_rename(house, parent, name, new_parent, new_name);
         if (rc == 0)
             reply_status(req, 0);

@@ -36,7 +36,7 @@ static void unescape(char *text)
 static bool topmost(const char *absolute, struct mount_line *out)
 {
     FILE *table = fopen("/proc/self/mountinfo", "re");
-    util_autofree char *line = NULL;
+    char *line = NULL;
     size_t size = 0;
     *out = (struct mount_line){0};
     while (table != NULL && getline(&line, &size, table) > 0) {
@@ -53,6 +53,7 @@ static bool topmost(const char *absolute, struct mount_line *out)
         out->type = strndup(rest + 3, strcspn(rest + 3, " "));
         out->device = makedev(major, minor);
     }
+    free(line);
     if (table != NULL)
         fclose(table);
     return out->type != NULL;
