@@ -13,9 +13,9 @@
 
 #define SOURCE_MAX            16
 #define SOURCE_DEMAND_MAX     64
-#define SOURCE_WINDOW_END     2             /* shards in flight at a source, however few are left */
-#define SOURCE_POPULATE_STEP  (2u << 20)    /* a huge page */
-#define SOURCE_POPULATE_AHEAD (1u << 20)    /* what may land before the lane hears of it */
+#define SOURCE_WINDOW_END     (8u << 20) /* bytes in flight at a source, however little is left */
+#define SOURCE_POPULATE_STEP  (2u << 20) /* a huge page */
+#define SOURCE_POPULATE_AHEAD (1u << 20) /* what may land before the lane hears of it */
 #define SOURCE_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
 #define SOURCE_STALLED_NS     5000000000ull /* and leave the source alone for so long */
 #define SOURCE_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
@@ -189,6 +189,22 @@ static void shard_untake(struct replica *replica, uint32_t shard)
     pthread_mutex_unlock(&replica->lock);
 }
 
+/* Towards the end: what this lane hoards, another one could fetch meanwhile. */
+static uint32_t window_near_end(const struct source *source, uint32_t window)
+{
+    const struct replica *replica = source->pull->replica;
+    uint32_t left = replica->shards - atomic_load(&replica->present);
+    uint32_t share = left / (2 * source->pull->lane->engine->lane_count);
+    uint32_t least = SOURCE_WINDOW_END / replica->version.shard_size;
+    if (least < 2) {
+        least = 2;
+    }
+    if (share < least) {
+        share = least;
+    }
+    return window < share ? window : share;
+}
+
 static void source_pump(struct source *source, uint64_t now)
 {
     struct supplier *supplier = source->attachment.supplier;
@@ -198,11 +214,7 @@ static void source_pump(struct source *source, uint64_t now)
         return;
     }
     uint32_t window = spread_window(supplier_rate(supplier), replica->version.shard_size);
-    uint32_t share = (replica->shards - atomic_load(&replica->present)) /
-                     (2 * source->pull->lane->engine->lane_count);
-    if (window > share) { /* towards the end: what one lane hoards here, another could fetch */
-        window = share > SOURCE_WINDOW_END ? share : SOURCE_WINDOW_END;
-    }
+    window = window_near_end(source, window);
     while (source->inflight < window + SPREAD_URGENT_EXTRA) {
         bool urgent;
         uint32_t shard = shard_take(source, window, &urgent);
