@@ -13,7 +13,9 @@
 #include "meta/base/util.h"
 #include "meta/meta_etcd_call.h"
 
-#define ETCD_PAGE       1000 /* keys of one page of a listing */
+/* Keys of one page of a listing. etcd looks at all that follow for each page, so there should be few. */
+#define ETCD_PAGE 10000
+
 #define ETCD_EPOCH      "epoch"
 #define ETCD_GRACE_MS   150  /* how long a change that is known to be there may take to come */
 #define ETCD_CONFIRM_MS 2500 /* how long a new stream may take to be confirmed */
