@@ -95,6 +95,10 @@ int redis_broken(struct redis *s, const redisContext *context)
     case REDIS_ERR_OOM:
         return redis_fail(s, -ENOMEM, "out of memory");
     }
+    if (s->tls && errno == ECONNRESET)
+        return redis_fail(s, -ECONNRESET,
+                          "the server closed the connection; does it want a certificate (cert= and "
+                          "key= in the credentials file)?");
     int rc = errno == 0 || errno == EAGAIN || errno == EINPROGRESS ? -ETIMEDOUT : -errno;
     return redis_fail(s, rc, "%s; is the server running, and is the URL right?",
                       context->errstr[0] ? context->errstr : strerror(-rc));
@@ -256,8 +260,9 @@ static int redis_encrypt(struct redis *s, redisContext *context)
         SSL_free(ssl);
         return redis_fail(s, -EINVAL, "%s cannot be verified as a TLS name", s->host);
     }
-    if (redisInitiateSSL(context, ssl) == REDIS_OK) /* takes ssl */
+    if (redisInitiateSSL(context, ssl) == REDIS_OK) /* takes ssl, or else leaves it */
         return 0;
+    SSL_free(ssl);
     return redis_fail(s, -EACCES,
                       "TLS: %s; check ca=, cert= and key= in the credentials file, and that the "
                       "server's certificate is for %s",
