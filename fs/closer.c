@@ -20,6 +20,8 @@
 /* The bytes read, NUL-terminated; negative errno. */
 static ssize_t read_text(int dir, const char *path, char *out, size_t size)
 {
+    if (dir < 0 && dir != AT_FDCWD)
+        return -EBADF;
     util_autoclose int fd = openat(dir, path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -errno;
@@ -87,12 +89,13 @@ static bool process_has(pid_t process, uint64_t inode)
     util_autoclose int fdinfo = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     bool found = false;
     struct dirent *entry;
-    while (!found && fdinfo >= 0 && (entry = readdir(fds)) != NULL) {
+    int dir = dirfd(fds);
+    while (!found && dir >= 0 && fdinfo >= 0 && (entry = readdir(fds)) != NULL) {
         if (!isdigit((unsigned char)entry->d_name[0]))
             continue;
         /* The link's text comes from the dentry: files have absolute paths, sockets and pipes
          * have not. */
-        ssize_t length = readlinkat(dirfd(fds), entry->d_name, link, sizeof(link));
+        ssize_t length = readlinkat(dir, entry->d_name, link, sizeof(link));
         if (length <= 0 || link[0] != '/' || (length >= 5 && memcmp(link, "/dev/", 5) == 0))
             continue;
         found = descriptor_matches(fdinfo, entry->d_name, inode);
@@ -133,7 +136,7 @@ static bool child_has(int tasks, const char *task, uint64_t inode, unsigned dept
     /* A kernel without these files, or more children than fit, can't tell; a task that has just
      * ended has none. */
     if (length < 0)
-        return faccessat(tasks, task, F_OK, 0) == 0;
+        return tasks < 0 || faccessat(tasks, task, F_OK, 0) == 0;
     if (length == (ssize_t)sizeof(text) - 1)
         return true;
     char *save = NULL;

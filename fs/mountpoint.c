@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -71,22 +72,24 @@ dev_t mountpoint_device(const char *absolute)
  * without entering it. */
 static char *absolute_path(const char *dir)
 {
-    util_autofree char *copy = strdup(dir);
-    if (copy == NULL)
+    size_t length = strlen(dir);
+    while (length > 1 && dir[length - 1] == '/')
+        length--;
+    const char *slash = memrchr(dir, '/', length);
+    const char *last = slash == NULL ? dir : slash + 1;
+    int last_length = (int)(dir + length - last);
+    if (last_length == 0 || (last_length <= 2 && strncmp(last, "..", (size_t)last_length) == 0))
+        return realpath(dir, NULL);
+    char parent[PATH_MAX], above[PATH_MAX];
+    int parent_length = slash == NULL ? 1 : slash == dir ? 1 : (int)(slash - dir);
+    if (snprintf(parent, sizeof(parent), "%.*s", parent_length, slash == NULL ? "." : dir) >=
+        (int)sizeof(parent)) {
+        errno = ENAMETOOLONG;
         return NULL;
-    size_t length = strlen(copy);
-    while (length > 1 && copy[length - 1] == '/')
-        copy[--length] = '\0';
-    char *slash = strrchr(copy, '/');
-    const char *last = slash == NULL ? copy : slash + 1;
-    if (strcmp(last, ".") == 0 || strcmp(last, "..") == 0 || last[0] == '\0')
-        return realpath(copy, NULL);
-    util_autofree char *parent = slash == copy   ? strdup("/")
-                                 : slash == NULL ? strdup(".")
-                                                 : strndup(copy, (size_t)(slash - copy));
-    util_autofree char *above = parent == NULL ? NULL : realpath(parent, NULL);
+    }
     char *joined = NULL;
-    if (above == NULL || asprintf(&joined, "%s/%s", strcmp(above, "/") == 0 ? "" : above, last) < 0)
+    if (realpath(parent, above) == NULL ||
+        asprintf(&joined, "%s/%.*s", strcmp(above, "/") == 0 ? "" : above, last_length, last) < 0)
         return NULL;
     return joined;
 }
@@ -117,7 +120,7 @@ static int check_mounts(const char *dir, const char *absolute, char **error)
 {
     struct mount_line mount;
     int rc = 0;
-    if (topmost(absolute, &mount) && strncmp(mount.type, "fuse", 4) == 0) {
+    if (topmost(absolute, &mount) && mount.type != NULL && strncmp(mount.type, "fuse", 4) == 0) {
         struct statvfs st; /* never from a cache, as attributes of the root may be */
         if (statvfs(absolute, &st) != 0 && (errno == ENOTCONN || errno == ECONNABORTED))
             rc = refuse(error, -ENOTCONN, dir,
@@ -135,7 +138,7 @@ static int check_mounts(const char *dir, const char *absolute, char **error)
 int mountpoint_check(const char *dir, char **out, struct model_attr *root, char **error)
 {
     util_autofree char *path = absolute_path(dir);
-    int rc = path == NULL ? -errno : 0;
+    int rc = path != NULL ? 0 : errno != 0 ? -errno : -ENOMEM;
     if (rc == 0)
         rc = check_mounts(dir, path, error);
     if (rc != 0 && *error != NULL)

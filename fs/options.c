@@ -370,7 +370,7 @@ static int apply(struct options_parse *p, const char *option)
 /* Options between commas; "\," is a comma inside one, "\\" a backslash. */
 static int apply_all(struct options_parse *p, const char *text)
 {
-    util_autofree char *option = malloc(strlen(text) + 1);
+    char *option = malloc(strlen(text) + 1);
     if (option == NULL)
         return -ENOMEM;
     size_t length = 0;
@@ -389,6 +389,7 @@ static int apply_all(struct options_parse *p, const char *text)
                 break;
         }
     }
+    free(option);
     return rc;
 }
 
@@ -451,7 +452,7 @@ static int apply_defaults(struct options *out)
 /* libfuse's own escapes: a comma in a value must not end it. */
 static int fuse_add_source(struct options *out)
 {
-    util_autofree char *option = malloc(2 * strlen(out->meta) + 16);
+    char *option = out->meta == NULL ? NULL : malloc(2 * strlen(out->meta) + 16);
     if (option == NULL)
         return -ENOMEM;
     char *to = stpcpy(option, "fsname=");
@@ -462,7 +463,10 @@ static int fuse_add_source(struct options *out)
     }
     *to = '\0';
     int rc = fuse_add(out, "subtype=p2pfs,default_permissions");
-    return rc == 0 ? fuse_add(out, option) : rc;
+    if (rc == 0)
+        rc = fuse_add(out, option);
+    free(option);
+    return rc;
 }
 
 int options_parse(int argc, char *const *argv, struct options *out, char **error)
@@ -492,7 +496,7 @@ int options_parse(int argc, char *const *argv, struct options *out, char **error
                         word);
         }
     }
-    if (rc == 0 && out->mountpoint == NULL)
+    if (rc == 0 && (out->meta == NULL || out->mountpoint == NULL))
         rc = refuse(error, "no directory to mount at; use p2pfs META DIR [-f] [-o OPTIONS]");
     if (rc == 0)
         rc = fuse_add_source(out);

@@ -30,10 +30,11 @@ struct report {
     struct report_reader *readers;
 };
 
-static void report_drop(struct report *report)
+static void report_drop(struct report *report, unsigned count)
 {
     pthread_mutex_lock(&report->lock);
-    bool last = --report->count == 0;
+    report->count -= count;
+    bool last = report->count == 0;
     pthread_mutex_unlock(&report->lock);
     if (!last)
         return;
@@ -62,20 +63,20 @@ void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
     }
     if (rc != 0) {
         if (report != NULL)
-            report_drop(report);
+            report_drop(report, 1);
         reply_status(req, rc);
         return;
     }
     fi->fh = (uintptr_t)report;
     fi->direct_io = 1; /* its size is not known before it is rendered */
     if (fuse_reply_open(req, fi) != 0)
-        report_drop(report);
+        report_drop(report, 1);
 }
 
 void report_release(struct house *house, struct fuse_file_info *fi)
 {
     (void)house;
-    report_drop((struct report *)(uintptr_t)fi->fh);
+    report_drop((struct report *)(uintptr_t)fi->fh, 1);
 }
 
 /* Called with the lock; the text is complete. */
@@ -108,7 +109,7 @@ static void reader_interrupt(fuse_req_t req, void *arg)
         return; /* it is not in the list yet, and looks itself; or it is being answered */
     reply_status(req, -EINTR);
     free(reader);
-    report_drop(report);
+    report_drop(report, 1);
 }
 
 void report_read(fuse_req_t req, size_t size, off_t offset, struct fuse_file_info *fi)
@@ -152,6 +153,7 @@ static void answered(void *arg, char *text, size_t length)
     struct report_reader *readers = report->readers;
     report->readers = NULL;
     pthread_mutex_unlock(&report->lock);
+    unsigned done = 1; /* the request itself */
     while (readers != NULL) {
         struct report_reader *reader = readers;
         readers = reader->next;
@@ -161,9 +163,9 @@ static void answered(void *arg, char *text, size_t length)
         answer(report, reader->req, reader->size, reader->offset);
         pthread_mutex_unlock(&report->lock);
         free(reader);
-        report_drop(report);
+        done++;
     }
-    report_drop(report);
+    report_drop(report, done);
 }
 
 void report_write(fuse_req_t req, const char *bytes, size_t size, struct fuse_file_info *fi)
