@@ -44,7 +44,8 @@ class Service:
     def url(self, prefix="p2pfs", port=None):
         raise NotImplementedError
 
-    def start(self):
+    def start(self, wait=True):
+        """From the main thread only: the server dies with the thread that started it."""
         self.data.mkdir(exist_ok=True)
         with open(self.log_file, "ab") as log:
             self.process = subprocess.Popen(
@@ -55,6 +56,9 @@ class Service:
                 cwd=self.home,
                 preexec_fn=die_with_parent,
             )
+        return self.wait_ready() if wait else self
+
+    def wait_ready(self):
         deadline = time.monotonic() + 20 * SLOWNESS
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -149,15 +153,21 @@ class Etcd(Service):
     def __init__(self, home, extra=()):
         super().__init__(home, extra)
         self.peer_port = free_port()
+        self.member = "default"
+        self.cluster = [self]
+
+    def peer(self):
+        return f"http://127.0.0.1:{self.peer_port}"
 
     def command(self):
         client = f"{self.scheme}://127.0.0.1:{self.port}"
-        peer = f"http://127.0.0.1:{self.peer_port}"
+        peer = self.peer()
+        members = ",".join(f"{one.member}={one.peer()}" for one in self.cluster)
         return [
-            self.program, "--data-dir", str(self.data / "etcd"),
+            self.program, "--name", self.member, "--data-dir", str(self.data / "etcd"),
             "--listen-client-urls", client, "--advertise-client-urls", client,
             "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
-            "--initial-cluster", f"default={peer}",
+            "--initial-cluster", members,
             "--heartbeat-interval", "50", "--election-timeout", "500", *self.extra,
         ]  # fmt: skip
 
@@ -194,6 +204,20 @@ class Etcd(Service):
             "kv/range", {"key": code(prefix), "range_end": code(end), "keys_only": True}
         )
         return [base64.b64decode(kv["key"]).decode() for kv in found.get("kvs", [])]
+
+
+def etcd_cluster(home, count):
+    """Members of one etcd cluster, all started; their URL is that of the first and the others."""
+    members = [Etcd(Path(home) / f"m{i}") for i in range(count)]
+    for i, one in enumerate(members):
+        one.member = f"m{i}"
+        one.cluster = members
+    for one in members:
+        one.start(wait=False)
+    for one in members:
+        one.wait_ready()
+    hosts = ",".join(f"127.0.0.1:{one.port}" for one in members)
+    return members, f"etcd://{hosts}/p2pfs"
 
 
 class Link:

@@ -1,5 +1,5 @@
 """The metadata service is killed, stopped, cut off, slow, or comes back without its data."""
-# ctest: timeout=500
+# ctest: timeout=700
 
 import errno
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from harness import data, env
 from harness.node import free_port
-from harness.services import KINDS, Link
+from harness.services import KINDS, Link, etcd_cluster
 from harness.wait import eventually
 
 LEASE = 10  # seconds
@@ -233,3 +233,63 @@ def test_a_dead_node_is_gone_within_its_lease(service, make_cluster):
     assert time.monotonic() - began < LEASE + 3
     assert b.path("x").exists()
     eventually(lambda: b.xattr("x", "replicas") == "0", 2)
+
+
+@pytest.mark.limit(150)
+def test_members_of_an_etcd_cluster_die_in_turn(mounts, make_cluster, tmp_path):
+    members, url = etcd_cluster(tmp_path / "etcd", 3)
+    try:
+        a, b = make_cluster(url).nodes(2)
+        populate(a, b)
+        for i, member in enumerate(members):
+            member.kill()
+
+            def registered(i=i):  # a change that was on its way may have failed with the member
+                a.path(f"after-{i}").write_bytes(b"x")
+                return True
+
+            eventually(registered, 20, f"registering without member {i}")
+            eventually(b.path(f"after-{i}").exists, 15, f"seen without member {i}")
+            assert {"big", "dir", "latest"} <= set(answers_at_once(b))
+            member.restart()
+        agree(a, b)
+        for member in members[:2]:
+            member.kill()
+        registering_fails(a, "without-a-majority")
+        assert "without-a-majority" not in answers_at_once(b)
+        for member in members[:2]:
+            member.start(wait=False)
+        for member in members[:2]:
+            member.wait_ready()
+        agree(a, b, seconds=2 * LEASE)
+        works(b, a, "after-all")
+    finally:
+        for member in members:
+            member.kill()
+
+
+@pytest.mark.limit(100)
+def test_a_replica_that_is_promoted_takes_over(mounts, make_cluster, tmp_path):
+    primary = KINDS["redis"](tmp_path / "primary").start()
+    replica = KINDS["redis"](
+        tmp_path / "replica", ["--replicaof", "127.0.0.1", str(primary.port)]
+    ).start()
+    address = Link(primary.port)  # as a name or an address that moves
+    try:
+        eventually(lambda: "master_link_status:up" in replica.ask("INFO", "replication"), 10)
+        a, b = make_cluster(primary.url(port=address.port)).nodes(2)
+        populate(a, b)
+        before = tree(a)
+        eventually(lambda: replica.ask("HLEN", "p2pfs:kv") == primary.ask("HLEN", "p2pfs:kv"), 5)
+        primary.kill()
+        address.target = replica.port
+        eventually(lambda: not online(a), 10)
+        registering_fails(a, "to-a-replica")
+        assert replica.ask("REPLICAOF", "NO", "ONE").startswith("+OK")
+        agree(a, b)
+        assert tree(a) == before
+        works(a, b, "after")
+    finally:
+        address.close()
+        primary.kill()
+        replica.kill()
