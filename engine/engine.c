@@ -23,6 +23,9 @@
 #define ENGINE_LANES \
     2 /* two streams a peer is what fills memory bandwidth on a loopback, and a NIC on two cores */
 #define ENGINE_WORKERS 4
+/* When read-ahead has failed, the kernel asks for the page once more by itself: that is still the same read, and must not
+ * wait for another read_timeout. */
+#define ENGINE_ECHO_NS 100000000ull
 
 void core_hold(struct engine *engine)
 {
@@ -339,6 +342,12 @@ int engine_read(struct engine *engine, struct replica *replica, uint64_t offset,
     if (replica_range_present(replica, first, last)) {
         pthread_mutex_unlock(&replica->lock);
         return 0;
+    }
+    if (replica->error && util_now_ns() - replica->failed_ns < ENGINE_ECHO_NS) {
+        int error = replica->error;
+        pthread_mutex_unlock(&replica->lock);
+        atomic_fetch_add(&engine->counters.reads_failed, 1);
+        return error;
     }
     waiter->first = first;
     waiter->last = last;

@@ -246,6 +246,7 @@ void replica_fail(struct replica *replica, int error, const char *reason)
     replica->whole = false;
     struct engine_waiter *failed = waiters_detach(replica, true);
     replica->error = error;
+    replica->failed_ns = util_now_ns();
     snprintf(replica->reason, sizeof replica->reason, "%s", reason);
     pthread_mutex_unlock(&replica->lock);
 
