@@ -3,6 +3,7 @@
 
 import errno
 import os
+import subprocess
 import threading
 import time
 
@@ -293,3 +294,69 @@ def test_a_replica_that_is_promoted_takes_over(mounts, make_cluster, tmp_path):
         address.close()
         primary.kill()
         replica.kill()
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static long ahead(void)
+{
+    return access(getenv("TEST_CLOCK_JUMP"), F_OK) == 0 ? 3600 : 0;
+}
+int clock_gettime(clockid_t id, struct timespec *out)
+{
+    int (*real)(clockid_t, struct timespec *) = dlsym(RTLD_NEXT, "clock_gettime");
+    int rc = real(id, out);
+    if (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)
+        out->tv_sec += ahead();
+    return rc;
+}
+int gettimeofday(struct timeval *out, void *zone)
+{
+    int (*real)(struct timeval *, void *) = dlsym(RTLD_NEXT, "gettimeofday");
+    int rc = real(out, zone);
+    out->tv_sec += ahead();
+    return rc;
+}
+time_t time(time_t *out)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (out)
+        *out = now.tv_sec;
+    return now.tv_sec;
+}
+"""
+
+
+@pytest.mark.limit(60)
+def test_a_clock_that_jumps_by_an_hour_changes_nothing(service, make_cluster, tmp_path):
+    if env.SANITIZE:
+        pytest.skip("a preloaded library and a sanitizer do not go together")
+    (tmp_path / "clock.c").write_text(CLOCK)
+    shim = tmp_path / "clock.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", shim, tmp_path / "clock.c", "-ldl"], check=True
+    )
+    cluster = make_cluster(service.url())
+    a, b = cluster.node(start=False), cluster.node()
+    a.env |= {"LD_PRELOAD": str(shim), "TEST_CLOCK_JUMP": str(tmp_path / "jump")}
+    a.start()
+    populate(a, b)
+    (tmp_path / "jump").touch()
+    end = time.monotonic() + LEASE + 2
+    while time.monotonic() < end:
+        assert any(p["live"] for p in b.peers()["peers"])
+        assert online(a) and online(b)
+        assert b.xattr("big", "replicas") in ("1", "2")
+        time.sleep(0.2)
+    works(a, b, "during")
+    (tmp_path / "jump").unlink()  # and back
+    time.sleep(LEASE / 2)
+    works(b, a, "after")
+    assert "lease" not in a.log and "lease" not in b.log
