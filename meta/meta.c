@@ -54,7 +54,12 @@ static void meta_open_unknown(const char *url)
         }
     }
     size_t length = meta_scheme_length(url);
-    if (length > 0)
+    if (strncmp(url, "http://", 7) == 0 || strncmp(url, "https://", 8) == 0)
+        meta_open_error("a plain HTTP key-value service cannot hold the metadata: it has no "
+                        "compare-and-swap (two nodes could register one name), no leases (dead "
+                        "nodes would stay), no listing and no changes to wait for; use redis:// "
+                        "or etcd://, or local:// for the mounts of one machine");
+    else if (length > 0)
         meta_open_error("no metadata service is called \"%.*s://\"; known: %s",
                         length > 32 ? 32 : (int)length, url, known);
     else
