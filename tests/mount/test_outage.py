@@ -169,13 +169,15 @@ def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster
 def test_a_flush_of_redis_is_an_outage_too(mounts, make_cluster, tmp_path):
     service = KINDS["redis"](tmp_path / "service").start()
     try:
-        a, b = make_cluster(service.url()).nodes(2)
+        cluster = make_cluster(service.url())
+        a, b = cluster.nodes(2)
         populate(a, b)
         before = tree(a)
         assert service.ask("FLUSHALL").startswith("+OK")
         time.sleep(3)
         agree(a, b)
-        eventually(lambda: tree(a) == before and tree(b) == before, LEASE)
+        c = cluster.node()
+        eventually(lambda: tree(c) == before, LEASE, "all names are back in the service")
         works(a, b, "after")
     finally:
         service.kill()
@@ -360,3 +362,26 @@ def test_a_clock_that_jumps_by_an_hour_changes_nothing(service, make_cluster, tm
     time.sleep(LEASE / 2)
     works(b, a, "after")
     assert "lease" not in a.log and "lease" not in b.log
+
+
+@pytest.mark.limit(60)
+def test_last_seconds_that_redis_lost_are_written_again(mounts, make_cluster, tmp_path):
+    service = KINDS["redis"](tmp_path / "service", ["--appendonly", "no"]).start()
+    try:
+        cluster = make_cluster(service.url())
+        a, b = cluster.nodes(2)
+        populate(a, b)
+        assert service.ask("SAVE").startswith("+OK")
+        for i in range(5):
+            a.path(f"later-{i}").write_bytes(b"not on the server's disk")
+        eventually(lambda: tree(a) == tree(b), 2)
+        before = tree(a)
+        service.restart()
+        agree(a, b)
+        eventually(lambda: tree(a) == before and tree(b) == before, LEASE)
+        c = cluster.node()
+        eventually(lambda: tree(c) == before, LEASE, "all names are back in the service")
+        assert c.path("later-3").read_bytes() == b"not on the server's disk"
+        works(b, c, "after")
+    finally:
+        service.kill()
