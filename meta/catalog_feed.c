@@ -330,9 +330,10 @@ static int feed_put_other(struct catalog *c, const char *key, const char *value,
     int rc = codec_instance_decode(value, &instance);
     if (rc < 0)
         return rc;
-    if (source == FEED_LIST)
+    if (source == FEED_LIST) {
         c->listed_instance = instance;
-    else if (model_id_zero(&c->instance))
+        c->instance_revision = revision;
+    } else if (model_id_zero(&c->instance))
         c->instance = instance;
     else if (!model_id_equal(&c->instance, &instance))
         c->stale = true; /* another service took this one's place */
@@ -589,8 +590,9 @@ int feed_list(struct catalog *c, bool *replaced)
     }
     c->listed_revision = revision;
     /* What the service lacks is either removed, or was lost with the service that had it. */
-    *replaced = !model_id_zero(&c->instance) &&
-                (!model_id_equal(&c->instance, &c->listed_instance) || revision < c->revision);
+    *replaced =
+        !model_id_zero(&c->instance) && (!model_id_equal(&c->instance, &c->listed_instance) ||
+                                         revision < c->revision || c->store->epoch != c->epoch);
     if (!*replaced) {
         tree_write_lock(c->tree);
         feed_remove_unmarked(c);
@@ -605,6 +607,7 @@ void feed_adopt(struct catalog *c)
 {
     c->instance = c->listed_instance;
     c->revision = c->listed_revision;
+    c->epoch = c->store->epoch;
     c->relearn = false;
     c->stale = false;
 }

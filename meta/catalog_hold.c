@@ -246,32 +246,57 @@ int hold_reconcile(struct catalog *c)
 
 /* ---- changes ---- */
 
+/* What the change asks for is ours to bring about from now on, whatever becomes of this attempt. */
+static int hold_intend_announce(struct catalog *c, const struct change *change)
+{
+    struct held *held = hold_get(c, &change->version.id);
+    if (!held)
+        return -ENOMEM;
+    bool complete = (change->flags & CATALOG_COMPLETE) != 0;
+    if (held->wanted && held->stored && held->complete == complete)
+        return 1;
+    held->wanted = true;
+    held->stored = false;
+    held->complete = complete;
+    c->held_open = true;
+    return 0;
+}
+
+/* If we don't hear what became of it: it stands (keep_other), or goes as soon as the service answers. */
+static void hold_intend_withdraw(struct catalog *c, const struct change *change, struct held *held)
+{
+    held->wanted = change->keep_other;
+    held->stored = false;
+    c->held_open = true;
+}
+
+void hold_intend(struct catalog *c, const struct change *change)
+{
+    struct held *held = hold_find(c, &change->version.id);
+    const struct tree_version *version = tree_version_find(c->tree, &change->version.id);
+    if (change->kind == CHANGE_ANNOUNCE && version && version->revision != 0)
+        hold_intend_announce(c, change);
+    else if (change->kind == CHANGE_WITHDRAW && held && !change->keep_other)
+        hold_intend_withdraw(c, change, held);
+}
+
 int hold_build_announce(struct catalog *c, struct change *change, struct plan *plan)
 {
     char key[CODEC_KEY_MAX];
     const struct model_id *id = &change->version.id;
-    bool complete = (change->flags & CATALOG_COMPLETE) != 0;
     const struct tree_version *version = tree_version_find(c->tree, id);
     if (!version || version->revision == 0) {
         hold_forget(c, hold_find(c, id));
         return -ENOENT;
     }
-    struct held *held = hold_get(c, id);
-    if (!held)
-        return -ENOMEM;
-    if (held->wanted && held->stored && held->complete == complete)
-        return 1;
-    /* From here on it is ours to repeat, whatever becomes of this attempt. */
-    held->wanted = true;
-    held->stored = false;
-    held->complete = complete;
-    c->held_open = true;
-    int rc = hold_lease(c);
-    if (rc < 0)
+    int rc = hold_intend_announce(c, change);
+    if (rc == 0)
+        rc = hold_lease(c);
+    if (rc != 0)
         return rc;
     codec_key_version(id, key);
     plan_compare(plan, META_EXISTS, key, 0);
-    hold_plan_put(c, plan, id, complete);
+    hold_plan_put(c, plan, id, (change->flags & CATALOG_COMPLETE) != 0);
     return 0;
 }
 
@@ -329,10 +354,7 @@ int hold_build_withdraw(struct catalog *c, struct change *change, struct plan *p
     int rc = change->keep_other && held->wanted ? hold_plan_keep_other(c, plan, id) : 0;
     if (rc < 0)
         return rc;
-    /* If we don't hear what became of it: it stands (keep_other), or goes as soon as the service answers. */
-    held->wanted = change->keep_other;
-    held->stored = false;
-    c->held_open = true;
+    hold_intend_withdraw(c, change, held);
     codec_key_holder(id, c->self.name, key);
     plan_delete(plan, key);
     return 0;

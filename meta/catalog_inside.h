@@ -120,7 +120,9 @@ struct catalog {
     bool stale;               /* something was missed: list again */
     struct model_id instance; /* of the service that memory is a copy of; zero: not known yet */
     struct model_id listed_instance;
+    uint64_t instance_revision; /* of the record of listed_instance */
     uint64_t listed_revision;
+    uint64_t epoch;            /* of the store when memory became a copy of it */
     bool relearn;              /* revisions of the service before say nothing about this one's */
     uint64_t renames_revision; /* of CODEC_RENAMES, 0: absent */
     struct feed_bad *bad;      /* records that could not be decoded, by key */
@@ -225,6 +227,8 @@ int hold_renew(struct catalog *c); /* renews it, or recovers as hold_recover */
 int hold_recover(struct catalog *c);
 /* Brings the service's records of what we hold in line. */
 int hold_reconcile(struct catalog *c);
+/* An announcement or withdrawal that can't be tried now is remembered for when the service answers. */
+void hold_intend(struct catalog *c, const struct change *change);
 int hold_build_announce(struct catalog *c, struct change *change, struct plan *plan);
 int hold_build_withdraw(struct catalog *c, struct change *change, struct plan *plan);
 int hold_build_serve(struct catalog *c, struct change *change, struct plan *plan);

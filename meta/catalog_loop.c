@@ -64,7 +64,10 @@ static int loop_relist(struct catalog *c)
     c->relearn = true;
     c->lease = 0; /* leases went with the service */
     c->renew_ms = 0;
-    return feed_list(c, &replaced);
+    rc = feed_list(c, &replaced);
+    if (rc == 0 && replaced)
+        c->stale = true; /* and once more: it was replaced again meanwhile */
+    return rc;
 }
 
 static int loop_connect_steps(struct catalog *c)
@@ -139,10 +142,11 @@ static void loop_duties(struct catalog *c)
 
 static int loop_run_change(struct catalog *c, struct change *change)
 {
-    if (c->failed != 0)
-        return c->failed;
-    if (util_now_ms() - change->queued_ms > LOOP_AGE_MAX_MS)
-        return -ETIMEDOUT;
+    bool late = util_now_ms() - change->queued_ms > LOOP_AGE_MAX_MS;
+    if (c->failed != 0 || late) {
+        hold_intend(c, change);
+        return c->failed != 0 ? c->failed : -ETIMEDOUT;
+    }
     int rc = change_run(c, change);
     if (rc == -ESTALE) {
         rc = loop_relist(c);
@@ -171,7 +175,10 @@ static void loop_queue(struct catalog *c)
             change_finish(c, change, -ESHUTDOWN);
             continue;
         }
-        change_finish(c, change, loop_run_change(c, change));
+        int rc = loop_run_change(c, change);
+        if (c->online && c->failed != 0)
+            loop_go_offline(c); /* whoever hears of the failure finds us offline */
+        change_finish(c, change, rc);
         loop_renew(c);
     }
 }

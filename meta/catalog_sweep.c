@@ -415,21 +415,32 @@ static int sweep_republish_entries(struct catalog *c, struct sweep_batch *batch)
     return rc == 0 ? sweep_batch_flush(batch) : rc;
 }
 
-/* A service that was emptied has no instance; whoever comes first gives it one. */
-static int sweep_republish_instance(struct catalog *c, struct sweep_batch *batch)
+/* A service without an instance gets one. An older state of the service that we knew gets another, so that every node
+ * learns of it, also those that list when its revisions have grown again. */
+static int sweep_republish_instance(struct catalog *c)
 {
-    if (!model_id_zero(&c->listed_instance))
-        return 0;
+    struct plan plan = {0};
     struct model_id instance = model_id_new();
-    int rc = sweep_batch_add(batch, CODEC_INSTANCE, codec_instance_encode(&instance));
-    return rc == 0 ? sweep_batch_flush(batch) : rc;
+    if (model_id_zero(&c->listed_instance))
+        plan_compare(&plan, META_ABSENT, CODEC_INSTANCE, 0);
+    else if (model_id_equal(&c->listed_instance, &c->instance))
+        plan_compare(&plan, META_REVISION, CODEC_INSTANCE, c->instance_revision);
+    else
+        return 0; /* another node was here before */
+    plan_put(&plan, CODEC_INSTANCE, codec_instance_encode(&instance), 0);
+    int rc = plan_send(c, &plan, NULL);
+    plan_clear(&plan);
+    if (rc < 0 && rc != -EAGAIN)
+        return rc;
+    memset(&c->listed_instance, 0, sizeof(c->listed_instance)); /* the next listing says which */
+    return 0;
 }
 
 int sweep_republish(struct catalog *c)
 {
     struct sweep_batch batch = {.catalog = c};
     /* names last, so that each leads somewhere as soon as others see it */
-    int rc = sweep_republish_instance(c, &batch);
+    int rc = sweep_republish_instance(c);
     if (rc == 0)
         rc = sweep_republish_versions(c, &batch);
     if (rc == 0)
@@ -448,7 +459,5 @@ int sweep_republish(struct catalog *c)
 
 int sweep_instance(struct catalog *c)
 {
-    struct sweep_batch batch = {.catalog = c};
-    int rc = sweep_republish_instance(c, &batch);
-    return rc;
+    return model_id_zero(&c->listed_instance) ? sweep_republish_instance(c) : 0;
 }

@@ -58,6 +58,7 @@ static int local_answer(struct local *s, int rc)
     else if (answered && s->down)
         log_info("metadata " LOCAL_SCHEME "%s answers again", s->db.dir);
     s->down = !answered;
+    s->store.epoch = s->db.epoch;
     return rc;
 }
 

@@ -359,10 +359,18 @@ int local_db_enter(struct local_db *db)
     bool there = stat(db->path, &st) == 0;
     if (db->sqlite && there && st.st_dev == db->dev && st.st_ino == db->ino)
         return 0;
-    if (db->sqlite)
+    if (!there && stat(db->dir, &st) < 0) {
+        /* the whole directory: moved, or its file system not mounted; ours may well come back */
+        snprintf(db->cause, sizeof(db->cause), "%s: %s; is its file system mounted?", db->dir,
+                 strerror(errno));
+        return -ECONNREFUSED;
+    }
+    if (db->sqlite) {
         log_warn("metadata %s: %s; opening it again", db->path,
                  there ? "another file has this name now" : "the file is gone");
-    local_db_close(db);
+        local_db_close(db);
+        db->epoch++;
+    }
     db->fresh = true;
     return local_db_reopen(db);
 }

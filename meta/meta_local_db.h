@@ -46,6 +46,7 @@ struct local_db {
     dev_t dev; /* of the file that is open */
     ino_t ino;
     uint64_t deadline_ms; /* of the call that is under way, CLOCK_MONOTONIC */
+    uint64_t epoch;       /* grows with every other file that takes this one's place */
     bool fresh;           /* another database than the one that was listed */
     char cause[512];      /* why the last call failed, with the remedy */
 };
