@@ -61,9 +61,9 @@ static int leaves_room(struct replica *r, uint64_t size)
 
 int draft_new(struct engine *engine, struct replica **draft)
 {
-    struct model_version version = {.id = model_id_new(), .digest = engine->config.digest};
+    struct model_version version = {
+        .id = model_id_new(), .digest = engine->config.digest, .origin_node = engine->config.node};
     version.origin_boot = engine->config.boot;
-    snprintf(version.origin_node, sizeof version.origin_node, "%s", engine->config.node);
     struct replica *r = NULL;
     int status = replica_new(engine, &version, false, &r);
     if (status < 0) {
@@ -510,45 +510,65 @@ static int seal_digests(struct replica *r, uint8_t *buffer)
         r->states[k] = SPREAD_PRESENT;
         pthread_mutex_unlock(&r->lock);
     }
-    digest_root(r->digest, r->version.size, r->version.shard_size, r->digests, r->shards,
-                r->version.root);
+    uint8_t root[MODEL_DIGEST_MAX] = {0};
+    digest_root(r->digest, r->version.size, r->version.shard_size, r->digests, r->shards, root);
+    pthread_mutex_lock(&r->lock);
+    memcpy(r->version.root, root, sizeof root);
+    pthread_mutex_unlock(&r->lock);
     return 0;
 }
 
-/* Everything that a complete replica has: size, shards, states, digests, root. */
-static int seal(struct replica *r)
+/* Size, shards, mapping and states, as a complete replica has them. */
+static int seal_shape(struct replica *r, uint64_t size)
 {
-    struct draft *d = r->draft;
-    struct model_version *version = &r->version;
-    if (ftruncate(r->fd, (off_t)d->size) < 0) {
-        return -errno;
-    }
-    version->size = d->size;
-    version->shard_size = core_shard_size(r->engine, d->size);
-    r->shards = model_shard_count(d->size, version->shard_size);
-    if (r->shards) {
-        int status = storage_map(r->fd, version->size, &r->map);
-        if (status < 0) {
-            return status;
-        }
-    }
-    r->states = calloc(r->shards + 1, sizeof *r->states);
-    if (!r->states || replica_digests_room(r) < 0) {
+    uint32_t shard_size = core_shard_size(r->engine, size);
+    uint32_t shards = model_shard_count(size, shard_size);
+    uint8_t *map = NULL;
+    _Atomic uint8_t *states = calloc(shards + 1, sizeof *states);
+    if (!states) {
         return -ENOMEM;
     }
-    uint8_t *buffer = malloc(d->leaf_size);
+    int status = ftruncate(r->fd, (off_t)size) < 0 ? -errno : 0;
+    if (status == 0 && shards) {
+        status = storage_map(r->fd, size, &map);
+    }
+    if (status < 0) {
+        free((void *)states);
+        return status;
+    }
+    pthread_mutex_lock(&r->lock);
+    r->version.size = size;
+    r->version.shard_size = shard_size;
+    r->shards = shards;
+    r->map = map;
+    r->states = states;
+    status = replica_digests_room(r);
+    pthread_mutex_unlock(&r->lock);
+    return status;
+}
+
+/* Everything that a complete replica has. */
+static int seal(struct replica *r)
+{
+    int status = seal_shape(r, r->draft->size);
+    if (status < 0) {
+        return status;
+    }
+    uint8_t *buffer = malloc(r->draft->leaf_size);
     if (!buffer) {
         return -ENOMEM;
     }
-    int status = seal_digests(r, buffer);
+    status = seal_digests(r, buffer);
     free(buffer);
     if (status < 0) {
         return status;
     }
+    pthread_mutex_lock(&r->lock);
     atomic_store(&r->present, r->shards);
-    atomic_store(&r->resident, version->size);
-    version->sealed = true;
+    atomic_store(&r->resident, r->version.size);
+    r->version.sealed = true;
     atomic_store(&r->all_known, true);
+    pthread_mutex_unlock(&r->lock);
     return 0;
 }
 

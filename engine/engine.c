@@ -563,7 +563,7 @@ static void info_fill(struct replica *r, struct engine_info *out)
                                                                   : "",
                                 .error = r->error};
     memcpy(out->root, r->version.root, sizeof out->root);
-    snprintf(out->reason, sizeof out->reason, "%s", r->error ? r->reason : "");
+    snprintf(out->reason, sizeof out->reason, "%s", r->error && r->reason ? r->reason : "");
     pthread_mutex_unlock(&r->lock);
 }
 

@@ -35,17 +35,19 @@ static void withdrawn(void *arg, int status, const struct model_entry *entry)
 /* The cluster must not be sent here again; readers get EIO from now on. Said once. */
 static void changed(struct replica *replica, const char *what)
 {
+    char reason[128];
+    snprintf(reason, sizeof reason, "registered in place, and the local file %s", what);
     pthread_mutex_lock(&replica->lock);
     bool news = !replica->changed;
     replica->changed = true;
     replica->error = -EIO;
-    snprintf(replica->reason, sizeof replica->reason, "the local file %s", what);
+    replica_reason_set(replica, reason);
     pthread_mutex_unlock(&replica->lock);
     if (!news) {
         return;
     }
     log_error(
-        "%s: registered in place, and now %s; its reads fail with EIO. Restore it, or rm the name and register it "
+        "%s: registered in place, and now it %s; its reads fail with EIO. Restore it, or rm the name and register it "
         "again",
         replica->version.origin_path, what);
     struct engine *engine = replica->engine;
@@ -59,11 +61,11 @@ static int check_path(struct replica *replica)
     struct stat st;
     if (stat(replica->version.origin_path, &st) < 0) {
         changed(replica,
-                errno == ENOENT || errno == ENOTDIR ? "it has vanished" : "it cannot be reached");
+                errno == ENOENT || errno == ENOTDIR ? "has vanished" : "cannot be reached");
         return -ESTALE;
     }
     if (!same_file(&replica->version, &st)) {
-        changed(replica, "it has changed");
+        changed(replica, "has changed");
         return -ESTALE;
     }
     return 0;
@@ -91,7 +93,7 @@ int inplace_open(struct replica *replica)
     }
     struct stat st;
     if (fstat(fd, &st) < 0 || !same_file(&replica->version, &st)) {
-        changed(replica, "it has changed");
+        changed(replica, "has changed");
         return -ESTALE;
     }
     pthread_mutex_lock(&replica->lock);
@@ -189,7 +191,7 @@ static int shard_hash(struct replica *replica, uint32_t shard)
     bool known = replica_digest_known(replica, shard);
     pthread_mutex_unlock(&replica->lock);
     if (differs) {
-        changed(replica, "its bytes have changed under the same time stamp");
+        changed(replica, "has other bytes under the same time stamp");
         return -ESTALE;
     }
     return known ? 0 : -ENOMEM;
@@ -259,7 +261,7 @@ static void hash_seal(struct hash_job *hash)
     atomic_store(&replica->all_known, agrees);
     pthread_mutex_unlock(&replica->lock);
     if (!agrees) {
-        changed(replica, "its bytes are not those that were registered");
+        changed(replica, "does not have the bytes that were registered");
         hash_end(hash);
         return;
     }
@@ -341,9 +343,10 @@ int inplace_version(struct engine *engine, const char *path, struct model_versio
                                       .origin_ino = st.st_ino,
                                       .origin_mtime_ns = mtime_ns(&st)};
     version->shard_size = core_shard_size(engine, version->size);
-    snprintf(version->origin_node, sizeof version->origin_node, "%s", engine->config.node);
+    version->origin_node = strdup(engine->config.node);
     version->origin_path = strdup(path);
-    if (!version->origin_path) {
+    if (!version->origin_node || !version->origin_path) {
+        model_version_clear(version);
         return -ENOMEM;
     }
     *attr = (struct model_attr){

@@ -191,7 +191,7 @@ static void on_writable(struct link *link)
     if (link->outgoing) {
         supplier_writable(link);
     } else {
-        serve_news(link->transport->arg);
+        serve_writable(link);
     }
 }
 

@@ -225,7 +225,7 @@ int pull_want(struct replica *replica, bool whole)
         replica->progress_ns = replica->pull_started_ns;
         replica->looked = false;
         replica->error = 0;
-        replica->reason[0] = '\0';
+        replica_reason_set(replica, NULL);
         atomic_fetch_add(&engine->counters.pulls_running, 1);
     }
     bool room = !grows || cache_reserve(engine->cache, replica, replica->version.size);

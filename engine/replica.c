@@ -63,6 +63,7 @@ void replica_put(struct replica *replica)
     }
     cache_unreserve(replica->engine->cache, replica);
     free(replica->holders);
+    free(replica->reason);
     free(replica->digests);
     free(replica->known);
     free((void *)replica->states);
@@ -239,6 +240,12 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status)
     }
 }
 
+void replica_reason_set(struct replica *replica, const char *reason)
+{
+    free(replica->reason);
+    replica->reason = reason ? strdup(reason) : NULL;
+}
+
 void replica_fail(struct replica *replica, int error, const char *reason)
 {
     pthread_mutex_lock(&replica->lock);
@@ -247,7 +254,7 @@ void replica_fail(struct replica *replica, int error, const char *reason)
     struct engine_waiter *failed = waiters_detach(replica, true);
     replica->error = error;
     replica->failed_ns = util_now_ns();
-    snprintf(replica->reason, sizeof replica->reason, "%s", reason);
+    replica_reason_set(replica, reason);
     pthread_mutex_unlock(&replica->lock);
 
     for (struct engine_waiter *w = failed; w; w = w->next) {

@@ -80,7 +80,7 @@ struct replica {
     uint32_t sources;        /* attached suppliers of all lanes */
     int error;               /* the last failure */
     uint64_t failed_ns;      /* and when it was */
-    char reason[160];
+    char *reason;            /* and its cause; owned; NULL: none */
     atomic_uint
         changes; /* grows with every shard and digest, so that sessions know when to speak */
     struct draft *draft; /* DRAFT and SEALING only */
@@ -105,6 +105,8 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status);
 /* Detaches every waiter and answers it with the error; the whole file is no longer wanted. Remembers the reason, and
  * logs it once when anybody wanted something. Takes the lock. */
 void replica_fail(struct replica *replica, int error, const char *reason);
+/* NULL: none. Lock held. */
+void replica_reason_set(struct replica *replica, const char *reason);
 /* Answers waiters on a work thread: `list` is a detached chain by next. */
 void replica_answer(struct engine *engine, struct engine_waiter *list, int status);
 

@@ -49,6 +49,7 @@ struct session {
     struct link *link;
     uint64_t serial; /* finds it again after a detour over a work thread */
     enum session_state state;
+    bool welcome_owed; /* the queue was full */
     uint64_t since_ns;
     struct peer *peer;
     char node[MODEL_NODE_MAX + 1];
@@ -156,6 +157,36 @@ void serve_down(struct link *link, int error, const char *reason)
 
 /* ---- greeting ---- */
 
+static void welcome_send(struct session *s)
+{
+    struct engine *engine = s->lane->engine;
+    const struct handshake_secret *secret = engine->config.secret;
+    struct wire_message welcome = {
+        .type = WIRE_WELCOME, .protocol = WIRE_PROTOCOL, .boot = engine->config.boot};
+    snprintf(welcome.node, sizeof welcome.node, "%s", engine->config.node);
+    memcpy(welcome.nonce, s->nonce_holder, sizeof s->nonce_holder);
+    if (secret->length) {
+        struct handshake_side them = {s->node, s->boot, s->nonce_puller};
+        struct handshake_side us = {engine->config.node, engine->config.boot, s->nonce_holder};
+        handshake_prove_holder(secret, &them, &us, welcome.proof);
+    }
+    int status = message_send(s, &welcome);
+    s->welcome_owed = status == -EAGAIN;
+    if (status < 0 && status != -EAGAIN) {
+        session_refuse(s, "could not be answered");
+    }
+}
+
+void serve_writable(struct link *link)
+{
+    struct session *s = link->user;
+    if (s->welcome_owed) {
+        welcome_send(s);
+    } else {
+        serve_news(s->lane);
+    }
+}
+
 static void greet(struct session *s, const struct wire_message *hello)
 {
     struct engine *engine = s->lane->engine;
@@ -177,20 +208,9 @@ static void greet(struct session *s, const struct wire_message *hello)
             "has no cluster secret, and this node asks for one (give every node the same secret_file=)");
         return;
     }
-    struct wire_message welcome = {
-        .type = WIRE_WELCOME, .protocol = WIRE_PROTOCOL, .boot = engine->config.boot};
-    snprintf(welcome.node, sizeof welcome.node, "%s", engine->config.node);
     util_random(s->nonce_holder, sizeof s->nonce_holder);
-    memcpy(welcome.nonce, s->nonce_holder, sizeof s->nonce_holder);
-    if (secret->length) {
-        struct handshake_side them = {s->node, s->boot, s->nonce_puller};
-        struct handshake_side us = {engine->config.node, engine->config.boot, s->nonce_holder};
-        handshake_prove_holder(secret, &them, &us, welcome.proof);
-    }
     s->state = SESSION_GREETED;
-    if (message_send(s, &welcome) < 0) {
-        session_refuse(s, "could not be answered");
-    }
+    welcome_send(s);
 }
 
 static void proven(struct session *s, const struct wire_message *message)

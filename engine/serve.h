@@ -12,6 +12,7 @@
 
 void serve_accepted(struct lane *lane, struct link *link);
 void serve_message(struct link *link, const void *message, size_t length);
+void serve_writable(struct link *link);
 void serve_exposed_sent(struct link *link, uint32_t id);
 void serve_down(struct link *link, int error, const char *reason);
 

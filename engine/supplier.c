@@ -19,7 +19,13 @@
 #define SUPPLIER_BACKOFF_FIRST_MS 100
 #define SUPPLIER_BACKOFF_LAST_MS  5000
 
-enum supplier_state { SUPPLIER_IDLE, SUPPLIER_CONNECTING, SUPPLIER_GREETING, SUPPLIER_READY };
+enum supplier_state {
+    SUPPLIER_IDLE,
+    SUPPLIER_CONNECTING,
+    SUPPLIER_GREETING,
+    SUPPLIER_PROVING,
+    SUPPLIER_READY
+};
 
 struct supplier {
     struct lane *lane;
@@ -41,8 +47,9 @@ struct supplier {
     uint64_t window_ns; /* rate: the running window's begin and bytes */
     uint64_t window_bytes;
     uint64_t rate;
-    bool blocked;   /* the send queue was full */
-    uint32_t *owed; /* requests whose DONE could not be sent yet (malloc'd) */
+    bool blocked;                 /* the send queue was full */
+    struct wire_message greeting; /* HELLO or PROOF that still has to go out; type 0: none */
+    uint32_t *owed;               /* requests whose DONE could not be sent yet (malloc'd) */
     size_t owed_count;
     size_t owed_room;
     struct supplier *prev, *next;
@@ -180,6 +187,16 @@ void supplier_drop(struct supplier *supplier, const char *reason)
     link_fail(supplier, -ECONNABORTED, reason);
 }
 
+/* HELLO and PROOF: kept until the queue takes them. */
+static void greeting_send(struct supplier *s, const struct wire_message *message)
+{
+    int status = message_send(s, message);
+    s->greeting = status == -EAGAIN ? *message : (struct wire_message){0};
+    if (status < 0 && status != -EAGAIN) {
+        link_fail(s, status, "could not be greeted");
+    }
+}
+
 void supplier_connected(struct link *link)
 {
     struct supplier *s = link->user;
@@ -194,9 +211,7 @@ void supplier_connected(struct link *link)
     memcpy(hello.nonce, s->nonce, sizeof s->nonce);
     s->state = SUPPLIER_GREETING;
     s->deadline_ns = loop_now_ns(s->lane->loop) + SUPPLIER_GREET_NS;
-    if (message_send(s, &hello) < 0) {
-        link_fail(s, -EPROTO, "could not be greeted");
-    }
+    greeting_send(s, &hello);
 }
 
 void supplier_down(struct link *link, int error, const char *reason)
@@ -212,6 +227,22 @@ static void attach_send(struct supplier *s, struct attachment *attachment)
         .type = WIRE_ATTACH, .handle = attachment->handle, .version = attachment->version};
     if (message_send(s, &attach) < 0) {
         attachment->handle = 0; /* the next tick tries again */
+    }
+}
+
+/* The link is of use once the PROOF has gone out; what follows it is read behind it. */
+static void proving(struct supplier *s)
+{
+    if (s->state != SUPPLIER_PROVING || s->greeting.type) {
+        return;
+    }
+    s->state = SUPPLIER_READY;
+    s->failures = 0;
+    s->heard_ns = loop_now_ns(s->lane->loop);
+    atomic_fetch_add(&s->peer->links, 1);
+    struct attachment *attachment;
+    DL_FOREACH(s->attachments, attachment) {
+        attach_send(s, attachment);
     }
 }
 
@@ -241,18 +272,9 @@ static void welcomed(struct supplier *s, const struct wire_message *message)
         }
         handshake_prove_puller(secret, &us, &them, proof.proof);
     }
-    if (message_send(s, &proof) < 0) {
-        link_fail(s, -EPROTO, "could not be answered");
-        return;
-    }
-    s->state = SUPPLIER_READY;
-    s->failures = 0;
-    s->heard_ns = loop_now_ns(s->lane->loop);
-    atomic_fetch_add(&s->peer->links, 1);
-    struct attachment *attachment;
-    DL_FOREACH(s->attachments, attachment) {
-        attach_send(s, attachment);
-    }
+    s->state = SUPPLIER_PROVING;
+    greeting_send(s, &proof);
+    proving(s);
 }
 
 /* ---- attachments and requests ---- */
@@ -537,6 +559,12 @@ void supplier_writable(struct link *link)
 {
     struct supplier *s = link->user;
     s->blocked = false;
+    if (s->greeting.type) {
+        struct wire_message greeting = s->greeting;
+        greeting_send(s, &greeting);
+        proving(s);
+        return;
+    }
     owed_send(s);
     struct attachment *attachment;
     struct attachment *next;
@@ -607,6 +635,7 @@ void supplier_tick(struct lane *lane, uint64_t now_ns)
             }
             break;
         case SUPPLIER_GREETING:
+        case SUPPLIER_PROVING:
             if (now_ns > s->deadline_ns) {
                 link_fail(s, -ETIMEDOUT, "does not answer the greeting");
             }

@@ -1,6 +1,6 @@
 /* Supplier: this lane's outgoing link to one peer: connecting, greeting, and the questions that pulls ask over it.
  *
- *   IDLE -> CONNECTING -> GREETING -> READY;  any -> IDLE when the link breaks (back-off, then again while anybody is
+ *   IDLE -> CONNECTING -> GREETING -> PROVING -> READY;  any -> IDLE when the link breaks (back-off, then again while anybody is
  *   attached; closed after a while when nobody is)
  *
  * Lane thread only. Hooks are called from the lane's events and ticks, never inside the calls below, and may attach,

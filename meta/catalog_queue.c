@@ -104,7 +104,7 @@ static int queue_check_version(const struct model_version *version)
         return -EINVAL;
     if (version->size > MODEL_SIZE_MAX || version->size / version->shard_size >= MODEL_SHARDS_MAX)
         return -EFBIG;
-    if (version->origin_node[0] && model_node_check(version->origin_node) < 0)
+    if (version->origin_node && model_node_check(version->origin_node) < 0)
         return -EINVAL;
     if (version->origin_path &&
         (!*version->origin_path || strlen(version->origin_path) > MODEL_PATH_MAX))
@@ -128,9 +128,10 @@ int catalog_publish(struct catalog *c, uint64_t parent, const char *name, uint64
     change->attr = queue_attr(attr);
     change->flags = flags;
     bool copied = model_version_copy(&change->version, version) == 0 && change->name;
-    if (copied && change->version.origin_node[0] == '\0') {
-        memcpy(change->version.origin_node, c->self.name, sizeof(c->self.name));
+    if (copied && !change->version.origin_node) {
+        change->version.origin_node = strdup(c->self.name);
         change->version.origin_boot = c->self.boot;
+        copied = change->version.origin_node != NULL;
     }
     return queue_put(c, change, copied);
 }

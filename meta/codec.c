@@ -576,9 +576,12 @@ static int codec_version_fields(const cJSON *object, struct model_version *out)
     out->shard_size = (uint32_t)shard_size;
     if (out->size / shard_size >= MODEL_SHARDS_MAX)
         return -EBADMSG;
-    if (codec_get_digest(object, out) < 0 ||
-        codec_get_node(object, out->origin_node, &out->origin_boot) < 0)
+    char node[MODEL_NODE_MAX + 1];
+    if (codec_get_digest(object, out) < 0 || codec_get_node(object, node, &out->origin_boot) < 0)
         return -EBADMSG;
+    out->origin_node = strdup(node);
+    if (!out->origin_node)
+        return -ENOMEM;
     if (!cJSON_HasObjectItem(object, "path"))
         return 0;
     if (codec_get_u64(object, "ino", &out->origin_ino) < 0 ||

@@ -59,18 +59,23 @@ int model_entry_copy(struct model_entry *to, const struct model_entry *from)
 
 void model_version_clear(struct model_version *version)
 {
+    free((char *)(uintptr_t)version->origin_node);
     free(version->origin_path);
     memset(version, 0, sizeof(*version));
 }
 
 int model_version_copy(struct model_version *to, const struct model_version *from)
 {
+    char *node = from->origin_node ? strdup(from->origin_node) : NULL;
     char *path = from->origin_path ? strdup(from->origin_path) : NULL;
-    if (from->origin_path && !path) {
+    if ((from->origin_node && !node) || (from->origin_path && !path)) {
+        free(node);
+        free(path);
         memset(to, 0, sizeof(*to));
         return -ENOMEM;
     }
     *to = *from;
+    to->origin_node = node;
     to->origin_path = path;
     return 0;
 }

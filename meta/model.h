@@ -66,7 +66,7 @@ int model_entry_copy(struct model_entry *to, const struct model_entry *from); /*
 /* One registration: immutable but for `root`, which a file registered in place gets when its bytes have been read
  * once. Shard k covers bytes [k * shard_size, min(size, (k + 1) * shard_size)). A shard's digest is the digest of the
  * concatenated digests of its leaves of 1 MiB (the last one shorter); the root is the digest of all shard digests.
- * Owned pointer: origin_path. */
+ * Owned pointers: origin_node, origin_path. */
 struct model_version {
     struct model_id id;
     uint64_t size;
@@ -74,7 +74,7 @@ struct model_version {
     enum model_digest digest;
     bool sealed; /* root is known */
     uint8_t root[MODEL_DIGEST_MAX];
-    char origin_node[MODEL_NODE_MAX + 1]; /* the node that registered it */
+    const char *origin_node; /* the node that registered it; NULL: not said yet */
     uint64_t origin_boot;
     char *origin_path;   /* registered in place: the file on that node; NULL otherwise */
     uint64_t origin_ino; /* in place: what the file was when it was registered */

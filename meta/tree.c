@@ -290,8 +290,7 @@ void tree_version_view(const struct tree_version *version, struct model_version 
         .revision = version->revision,
     };
     memcpy(out->root, version->root, sizeof(out->root));
-    if (version->origin_node)
-        memcpy(out->origin_node, version->origin_node, strlen(version->origin_node) + 1);
+    out->origin_node = version->origin_node;
 }
 
 /* ---- what others refer to ---- */

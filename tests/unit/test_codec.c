@@ -297,7 +297,9 @@ static void records_stay_small(void **state)
                                     .sealed = true,
                                     .origin_path = path};
     memset(path, 0xff, MODEL_PATH_MAX);
-    memset(version.origin_node, 'n', MODEL_NODE_MAX);
+    char node[MODEL_NODE_MAX + 1] = {0};
+    memset(node, 'n', MODEL_NODE_MAX);
+    version.origin_node = node;
     char *json = codec_version_encode(&version);
     assert_in_range(strlen(json), 1, 13 << 10);
     free(json);
