@@ -47,9 +47,10 @@ struct supplier {
     uint64_t window_ns; /* rate: the running window's begin and bytes */
     uint64_t window_bytes;
     uint64_t rate;
-    bool blocked;                 /* the send queue was full */
-    struct wire_message greeting; /* HELLO or PROOF that still has to go out; type 0: none */
-    uint32_t *owed;               /* requests whose DONE could not be sent yet (malloc'd) */
+    bool blocked;       /* the send queue was full */
+    bool greeting_owed; /* HELLO or PROOF still has to go out */
+    struct wire_message greeting;
+    uint32_t *owed; /* requests whose DONE could not be sent yet (malloc'd) */
     size_t owed_count;
     size_t owed_room;
     struct supplier *prev, *next;
@@ -191,7 +192,8 @@ void supplier_drop(struct supplier *supplier, const char *reason)
 static void greeting_send(struct supplier *s, const struct wire_message *message)
 {
     int status = message_send(s, message);
-    s->greeting = status == -EAGAIN ? *message : (struct wire_message){0};
+    s->greeting_owed = status == -EAGAIN;
+    s->greeting = *message;
     if (status < 0 && status != -EAGAIN) {
         link_fail(s, status, "could not be greeted");
     }
@@ -233,7 +235,7 @@ static void attach_send(struct supplier *s, struct attachment *attachment)
 /* The link is of use once the PROOF has gone out; what follows it is read behind it. */
 static void proving(struct supplier *s)
 {
-    if (s->state != SUPPLIER_PROVING || s->greeting.type) {
+    if (s->state != SUPPLIER_PROVING || s->greeting_owed) {
         return;
     }
     s->state = SUPPLIER_READY;
@@ -559,7 +561,7 @@ void supplier_writable(struct link *link)
 {
     struct supplier *s = link->user;
     s->blocked = false;
-    if (s->greeting.type) {
+    if (s->greeting_owed) {
         struct wire_message greeting = s->greeting;
         greeting_send(s, &greeting);
         proving(s);
