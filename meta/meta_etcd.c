@@ -79,10 +79,12 @@ static int etcd_txn(struct meta_store *store, struct meta_txn *txn)
     etcd_enter(s);
     int rc = etcd_call(s, "/v3/kv/txn", request, false, &answer);
     if (rc == 0) {
-        if (cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(answer, "succeeded")))
-            txn->revision = etcd_revision_of(answer);
-        else
+        if (!cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(answer, "succeeded")))
             rc = -EAGAIN;
+        else
+            txn->revision = etcd_revision_of(answer);
+        if (rc == 0 && txn->revision > s->newest)
+            s->newest = txn->revision;
         cJSON_Delete(answer);
     }
     return etcd_answer(s, rc);
@@ -236,6 +238,20 @@ static int etcd_page(struct etcd *s, const char *prefix, char **last, uint64_t *
     return rc;
 }
 
+/* Learns whose data it is that is listed next: another's than before counts in store.epoch. */
+static int etcd_epoch_learn(struct etcd *s)
+{
+    char epoch[33];
+    s->cluster[0] = '\0';
+    int rc = etcd_epoch_get(s, true, epoch);
+    if (rc < 0)
+        return rc;
+    if (s->epoch[0] != '\0' && strcmp(s->epoch, epoch) != 0)
+        s->store.epoch++;
+    memcpy(s->epoch, epoch, sizeof(epoch));
+    return 0;
+}
+
 static int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn each, void *arg,
                      uint64_t *revision)
 {
@@ -249,15 +265,18 @@ static int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn
     etcd_enter(s);
     *revision = 0;
     s->gap = false;
-    if (covers) {
-        s->cluster[0] = '\0';
-        rc = etcd_epoch_get(s, true, s->epoch);
-    }
+    if (covers)
+        rc = etcd_epoch_learn(s);
     do {
         if (rc == 0)
             rc = etcd_page(s, prefix, &last, revision, each, arg, &asked);
     } while (rc == 0 && asked == 0 && last);
     free(last);
+    if (rc == 0 && covers) {
+        if (*revision < s->newest)
+            s->store.epoch++; /* it went back */
+        s->newest = *revision;
+    }
     if (rc == -ESTALE)
         rc = etcd_fail(s, -ETIMEDOUT, "what was being listed has been compacted");
     if (rc == 0 && s->gap)

@@ -31,6 +31,7 @@ struct etcd {
     uint64_t watch_ms;         /* when it must have been confirmed */
     char *waited;              /* the prefix whose feed is read; NULL: none yet */
     uint64_t deadline_ms;
+    uint64_t newest; /* revision that the service has shown us */
 
     bool created; /* the service has confirmed the watch */
     bool gap;     /* the data is not what was listed */

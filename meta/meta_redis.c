@@ -72,6 +72,8 @@ static int redis_txn(struct meta_store *store, struct meta_txn *txn)
         txn->revision = whole ? strtoull(reply->element[1]->str, NULL, 10) : 0;
         if (!whole)
             rc = redis_senseless(s);
+        else if (txn->revision > s->newest)
+            s->newest = txn->revision;
         freeReplyObject(reply);
     }
     return redis_answer(s, rc);

@@ -455,10 +455,13 @@ int redis_head(struct redis *s, const redisReply *reply, size_t least, uint64_t 
         !redis_is_text(reply->element[2]))
         return redis_senseless(s);
     const char *epoch = reply->element[1]->str;
-    if (s->epoch[0] != '\0' && strcmp(s->epoch, epoch) != 0)
-        s->gap = true;
-    snprintf(s->epoch, sizeof(s->epoch), "%s", epoch);
     *revision = strtoull(reply->element[2]->str, NULL, 10);
+    if (s->epoch[0] != '\0' && (strcmp(s->epoch, epoch) != 0 || *revision < s->newest)) {
+        s->gap = true;
+        s->store.epoch++;
+    }
+    snprintf(s->epoch, sizeof(s->epoch), "%s", epoch);
+    s->newest = *revision;
     return 0;
 }
 

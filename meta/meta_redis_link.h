@@ -38,6 +38,7 @@ struct redis {
     char epoch[65];     /* of what was listed; "": nothing yet */
     char run[65];       /* the server process that `ask` was connected to last */
     char *waited;       /* the prefix whose feed is read; NULL: none yet */
+    uint64_t newest;    /* revision that the server has shown us */
     bool gap;           /* something of it may have been missed since it was listed */
     uint64_t deadline_ms;
     bool down;       /* an outage has been logged */
@@ -70,7 +71,8 @@ int redis_refused(struct redis *s, const char *text);
 int redis_run(struct redis *s, int argc, const char *const *argv, redisReply **reply);
 bool redis_is_array(const redisReply *reply, size_t least);
 bool redis_is_text(const redisReply *reply);
-/* Reads "ok epoch revision ..." of at least `least` elements; another epoch than before sets `gap`. */
+/* Reads "ok epoch revision ..." of at least `least` elements. Another epoch than before, or a revision that went back,
+ * sets `gap` and counts in store.epoch. */
 int redis_head(struct redis *s, const redisReply *reply, size_t least, uint64_t *revision);
 
 /* Tells what changed behind *revision under the prefix, whose group is given. The count of changes told, or a negative

@@ -226,8 +226,6 @@ int redis_list(struct meta_store *store, const char *prefix, meta_event_fn each,
     /* what another prefix's feed has missed, this listing does not bring */
     bool covers = !s->waited || strncmp(s->waited, prefix, strlen(prefix)) == 0;
     bool gap = s->gap;
-    if (covers)
-        s->epoch[0] = '\0';
     for (int tries = 0; rc == 0; tries++) {
         struct redis_page *pages = NULL;
         struct redis_lates lates = {0};
