@@ -140,7 +140,11 @@ bool cache_reserve(struct cache *cache, struct replica *replica, uint64_t bytes)
         cache->used += more;
         replica->reserved = charge;
     }
+    uint64_t left = cache->limit - cache->used;
     pthread_mutex_unlock(&cache->usage_lock);
+    if (fits) {
+        storage_trim(cache->engine->storage, left); /* spare files live in what is left */
+    }
     return fits;
 }
 

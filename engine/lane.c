@@ -9,6 +9,7 @@
 
 #include "engine/pull.h"
 #include "engine/serve.h"
+#include "engine/storage.h"
 #include "engine/supplier.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -22,6 +23,10 @@ static void tick(struct loop_timer *timer)
     supplier_tick(lane, now);
     pull_tick(lane, now);
     serve_tick(lane, now);
+    if (lane->index == 0 && now - lane->trimmed_ns > LANE_TRIM_NS) {
+        lane->trimmed_ns = now;
+        storage_trim(lane->engine->storage, UINT64_MAX);
+    }
     (void)loop_timer_set(lane->loop, &lane->tick, LANE_TICK_MS * 1000000ull);
 }
 

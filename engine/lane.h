@@ -26,11 +26,13 @@ struct lane {
     struct supplier *suppliers; /* utlist: outgoing links, one for each peer that pulls need */
     struct session *sessions;   /* utlist: accepted links */
     uint64_t session_serial;
+    uint64_t trimmed_ns;
     struct loop_task kick; /* tells sessions what has landed */
     atomic_bool kicked;
 };
 
 #define LANE_TICK_MS 50
+#define LANE_TRIM_NS 1000000000ull /* how often lane 0 looks for spare memory to give back */
 
 int lane_open(struct engine *engine, unsigned index, struct lane **lane);
 int lane_start(struct lane *lane); /* starts the thread */

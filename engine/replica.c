@@ -58,10 +58,12 @@ void replica_put(struct replica *replica)
     }
     draft_free(replica->draft);
     storage_unmap(replica->map, replica->version.size);
-    if (replica->fd >= 0) {
+    cache_unreserve(replica->engine->cache, replica);
+    if (replica->fd >= 0 && !replica->inplace && !replica->torn) {
+        storage_give_back(replica->engine->storage, replica->fd, replica->version.size);
+    } else if (replica->fd >= 0) {
         close(replica->fd);
     }
-    cache_unreserve(replica->engine->cache, replica);
     free(replica->holders);
     free(replica->reason);
     free(replica->digests);
@@ -79,12 +81,10 @@ int replica_storage_open(struct replica *replica)
     }
     char name[MODEL_ID_TEXT];
     model_id_print(&replica->version.id, name);
-    util_autoclose int fd = storage_file(replica->engine->storage, name);
+    util_autoclose int fd =
+        storage_file_dirty(replica->engine->storage, name, replica->version.size);
     if (fd < 0) {
         return fd;
-    }
-    if (ftruncate(fd, (off_t)replica->version.size) < 0) {
-        return -errno;
     }
     uint8_t *map = NULL;
     int status = storage_map(fd, replica->version.size, &map);

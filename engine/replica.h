@@ -60,6 +60,7 @@ struct replica {
     uint64_t used_ns; /* last open or read, for eviction */
     bool pinned;
     bool inplace;
+    bool torn; /* a grant ended before its peer was done: pages may still be on their way to it */
     bool changed; /* in place: the local file is not what was registered */
     bool hashing; /* in place: the background pass runs */
 

@@ -70,7 +70,8 @@ static int message_send(struct session *s, const struct wire_message *message)
 
 /* ---- grants and follows ---- */
 
-static void grant_end(struct session *s, struct grant *grant)
+/* done: the peer has said that it does not read any more. */
+static void grant_end(struct session *s, struct grant *grant, bool done)
 {
     /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->grants, grant);
@@ -78,6 +79,7 @@ static void grant_end(struct session *s, struct grant *grant)
         s->lane->transport->ops->unexpose(s->link, grant->request);
         pthread_mutex_lock(&grant->replica->lock);
         grant->replica->grants--;
+        grant->replica->torn |= !done;
         pthread_mutex_unlock(&grant->replica->lock);
         atomic_fetch_sub(&s->lane->engine->counters.grants_open, 1);
     }
@@ -104,7 +106,7 @@ static void session_end(struct session *s)
     struct grant *grant;
     struct grant *next_grant;
     HASH_ITER(hh, s->grants, grant, next_grant) {
-        grant_end(s, grant);
+        grant_end(s, grant, false);
     }
     struct follow *follow;
     struct follow *next_follow;
@@ -348,7 +350,7 @@ static void grant_expose(struct session *s, struct grant *grant, uint32_t shard,
     pthread_mutex_unlock(&replica->lock);
     if (!may) {
         gone_send(s, 0, grant->request, replica->changed ? WIRE_GONE_CHANGED : WIRE_GONE_EVICTED);
-        grant_end(s, grant);
+        grant_end(s, grant, false);
         return;
     }
     grant->exposed = true;
@@ -361,7 +363,7 @@ static void grant_expose(struct session *s, struct grant *grant, uint32_t shard,
     }
     if (status < 0) {
         uint32_t request = grant->request;
-        grant_end(s, grant);
+        grant_end(s, grant, false);
         struct wire_message busy = {
             .type = WIRE_BUSY, .request = request, .retry_ms = SERVE_BUSY_MS};
         (void)message_send(s, &busy);
@@ -405,7 +407,7 @@ static void prepared(struct lane *lane, void *arg)
     } else if (grant) {
         gone_send(s, 0, grant->request,
                   prepare->status == -ESTALE ? WIRE_GONE_CHANGED : WIRE_GONE_ERROR);
-        grant_end(s, grant);
+        grant_end(s, grant, false);
     }
     replica_put(prepare->replica);
     core_release(lane->engine);
@@ -424,7 +426,7 @@ static void prepare_start(struct session *s, struct grant *grant, uint32_t shard
     struct prepare_job *prepare = malloc(sizeof *prepare);
     if (!prepare) {
         gone_send(s, 0, grant->request, WIRE_GONE_ERROR);
-        grant_end(s, grant);
+        grant_end(s, grant, false);
         return;
     }
     *prepare = (struct prepare_job){.job.run = prepare_run,
@@ -486,7 +488,7 @@ static void ask(struct session *s, const struct wire_message *message)
     }
 }
 
-static void done(struct session *s, uint32_t request)
+static void finished(struct session *s, uint32_t request)
 {
     struct grant *grant;
     HASH_FIND(hh, s->grants, &request, sizeof request, grant);
@@ -496,7 +498,7 @@ static void done(struct session *s, uint32_t request)
     if (grant->exposed) {
         atomic_fetch_add(&s->lane->engine->counters.shards_served, 1);
     }
-    grant_end(s, grant);
+    grant_end(s, grant, true);
 }
 
 void serve_exposed_sent(struct link *link, uint32_t id)
@@ -549,7 +551,7 @@ void serve_message(struct link *link, const void *bytes, size_t length)
         ask(s, &message);
         break;
     case WIRE_DONE:
-        done(s, message.request);
+        finished(s, message.request);
         break;
     case WIRE_DETACH:
         detach(s, message.handle);
@@ -643,7 +645,7 @@ void serve_revoke(struct lane *lane, void *arg)
         HASH_ITER(hh, s->grants, grant, next_grant) {
             if (grant->replica == replica) {
                 gone_send(s, 0, grant->request, WIRE_GONE_EVICTED);
-                grant_end(s, grant);
+                grant_end(s, grant, false);
             }
         }
         struct follow *follow;

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mount.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,10 +23,25 @@
 
 enum storage_type { STORAGE_TMPFS, STORAGE_MEMFD, STORAGE_DIR };
 
+/* Memory that is given back to the machine is slow to get again (it has to be cleared, and a virtual machine may have
+ * handed it to its host), so the files of replicas that were evicted are kept for a moment. */
+#define STORAGE_SPARES    4
+#define STORAGE_SPARE_MIN (64ull << 20) /* below, clearing costs less than the bookkeeping */
+#define STORAGE_SPARE_MAX (4ull << 30)  /* all spares together */
+
+struct spare {
+    int fd; /* -1: none */
+    uint64_t size;
+    uint64_t since_ms;
+};
+
 struct storage {
     enum storage_type type;
     int mount; /* O_PATH-like descriptor of the tmpfs or the directory; -1 for memfd */
     char why[128];
+    uint64_t spare_limit;
+    pthread_mutex_t lock; /* guards the spares */
+    struct spare spares[STORAGE_SPARES];
 };
 
 /* glibc before 2.36 lacks these wrappers, and its mount header fights with the kernel's. */
@@ -99,6 +115,11 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
     if (!s) {
         return -ENOMEM;
     }
+    pthread_mutex_init(&s->lock, NULL);
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        s->spares[i].fd = -1;
+    }
+    s->spare_limit = limit / 4 < STORAGE_SPARE_MAX ? limit / 4 : STORAGE_SPARE_MAX;
     if (dir) {
         s->type = STORAGE_DIR;
         s->mount = dir_open(dir, error);
@@ -129,9 +150,11 @@ void storage_close(struct storage *storage)
     if (!storage) {
         return;
     }
+    storage_trim(storage, 0);
     if (storage->mount >= 0) {
         close(storage->mount);
     }
+    pthread_mutex_destroy(&storage->lock);
     free(storage);
 }
 
@@ -153,6 +176,82 @@ int storage_file(struct storage *storage, const char *name)
                  ? memfd_create(name, MFD_CLOEXEC)
                  : openat(storage->mount, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     return fd < 0 ? -errno : fd;
+}
+
+/* The largest spare, out of the table; -1: none. */
+static int spare_take(struct storage *storage)
+{
+    pthread_mutex_lock(&storage->lock);
+    struct spare *best = &storage->spares[0];
+    for (unsigned i = 1; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd >= 0 && (best->fd < 0 || spare->size > best->size)) {
+            best = spare;
+        }
+    }
+    int fd = util_fd_take(&best->fd);
+    pthread_mutex_unlock(&storage->lock);
+    return fd;
+}
+
+int storage_file_dirty(struct storage *storage, const char *name, uint64_t size)
+{
+    util_autoclose int fd = size >= STORAGE_SPARE_MIN ? spare_take(storage) : -1;
+    if (fd < 0) {
+        fd = storage_file(storage, name);
+    }
+    if (fd < 0) {
+        return fd;
+    }
+    return ftruncate(fd, (off_t)size) < 0 ? -errno : util_fd_take(&fd);
+}
+
+void storage_give_back(struct storage *storage, int fd, uint64_t size)
+{
+    util_autoclose int mine = fd;
+    if (storage->type == STORAGE_DIR || size < STORAGE_SPARE_MIN) {
+        return;
+    }
+    pthread_mutex_lock(&storage->lock);
+    struct spare *vacant = NULL;
+    uint64_t total = size;
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd < 0) {
+            vacant = spare;
+        } else {
+            total += spare->size;
+        }
+    }
+    if (vacant && total <= storage->spare_limit) {
+        *vacant =
+            (struct spare){.fd = util_fd_take(&mine), .size = size, .since_ms = util_now_ms()};
+    }
+    pthread_mutex_unlock(&storage->lock);
+}
+
+void storage_trim(struct storage *storage, uint64_t keep)
+{
+    int close_now[STORAGE_SPARES];
+    unsigned count = 0;
+    uint64_t now = util_now_ms();
+    uint64_t total = 0;
+    pthread_mutex_lock(&storage->lock);
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd < 0) {
+            continue;
+        }
+        if (total + spare->size > keep || now - spare->since_ms >= STORAGE_SPARE_MS) {
+            close_now[count++] = util_fd_take(&spare->fd);
+        } else {
+            total += spare->size;
+        }
+    }
+    pthread_mutex_unlock(&storage->lock);
+    while (count) {
+        close(close_now[--count]); /* gives gigabytes back to the kernel: not under the lock */
+    }
 }
 
 uint64_t storage_charge(uint64_t size)

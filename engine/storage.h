@@ -19,6 +19,15 @@ const char *storage_why(const struct storage *storage);  /* why not huge tmpfs, 
 
 /* An empty unnamed file; the caller closes it. `name` is for /proc only. */
 int storage_file(struct storage *storage, const char *name);
+/* A file of `size` bytes for bytes that will all be written before they are read: a spare one when there is one, so
+ * that its pages need not be cleared again; what it holds until then is somebody else's. The caller closes it. */
+int storage_file_dirty(struct storage *storage, const char *name, uint64_t size);
+/* Takes a file that nobody maps, reads or sends from any more, as a spare for the next; small ones, and what would be
+ * too much, are closed. Never a file whose descriptor has left this process. */
+void storage_give_back(struct storage *storage, int fd, uint64_t size);
+/* Closes spares until they take at most `keep` bytes, and those that have waited for STORAGE_SPARE_MS. */
+#define STORAGE_SPARE_MS 10000
+void storage_trim(struct storage *storage, uint64_t keep);
 /* What a file of `size` bytes takes. */
 uint64_t storage_charge(uint64_t size);
 /* Maps a file of `size` bytes read-write and shared, at an address that huge pages can serve. */

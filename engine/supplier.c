@@ -154,6 +154,7 @@ static void link_end(struct supplier *s, int error)
     s->lane->transport->ops->shut(s->link);
     s->link = NULL;
     s->state = SUPPLIER_IDLE;
+    s->greeting_owed = false;
     s->blocked = false;
     s->rate = 0;
     s->owed_count = 0;

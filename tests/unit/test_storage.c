@@ -1,0 +1,149 @@
+/* Storage: unnamed files, their mappings, and the spare ones that are used again. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "engine/storage.h"
+
+#define MIB (1ull << 20)
+
+static ino_t inode_of(int fd)
+{
+    struct stat st;
+    assert_int_equal(fstat(fd, &st), 0);
+    return st.st_ino;
+}
+
+static uint64_t size_of(int fd)
+{
+    struct stat st;
+    assert_int_equal(fstat(fd, &st), 0);
+    return (uint64_t)st.st_size;
+}
+
+static int open_memory(void **state)
+{
+    char *error = NULL;
+    return storage_open(1024 * MIB, NULL, (struct storage **)state, &error);
+}
+
+static int close_memory(void **state)
+{
+    storage_close(*state);
+    return 0;
+}
+
+static void what_is_written_is_mapped(void **state)
+{
+    int fd = storage_file(*state, "a");
+    uint8_t *map = NULL;
+    assert_true(fd >= 0);
+    assert_int_equal(ftruncate(fd, 5 * MIB + 1), 0);
+    assert_int_equal(storage_map(fd, 5 * MIB + 1, &map), 0);
+    assert_int_equal((uintptr_t)map % (2 * MIB), 0);
+    assert_int_equal(storage_populate(map, 3 * MIB, 2 * MIB + 1), 0);
+    assert_int_equal(pwrite(fd, "x", 1, 5 * MIB), 1);
+    assert_int_equal(map[5 * MIB], 'x');
+    assert_int_equal(map[0], 0);
+    storage_unmap(map, 5 * MIB + 1);
+    close(fd);
+}
+
+static void a_spare_file_is_used_again_at_its_new_size(void **state)
+{
+    int fd = storage_file_dirty(*state, "a", 80 * MIB);
+    ino_t first = inode_of(fd);
+    storage_give_back(*state, fd, 80 * MIB);
+    fd = storage_file_dirty(*state, "b", 100 * MIB);
+    assert_int_equal(inode_of(fd), first);
+    assert_int_equal(size_of(fd), 100 * MIB);
+    storage_give_back(*state, fd, 100 * MIB);
+    fd = storage_file_dirty(*state, "c", 64 * MIB);
+    assert_int_equal(inode_of(fd), first);
+    assert_int_equal(size_of(fd), 64 * MIB);
+    close(fd);
+}
+
+static void a_new_file_for_a_writer_is_never_a_spare(void **state)
+{
+    int fd = storage_file_dirty(*state, "a", 64 * MIB);
+    assert_int_equal(pwrite(fd, "secret", 6, 0), 6);
+    storage_give_back(*state, fd, 64 * MIB);
+    char bytes[6] = {0};
+    fd = storage_file(*state, "b");
+    assert_int_equal(ftruncate(fd, 64 * MIB), 0);
+    assert_int_equal(pread(fd, bytes, 6, 0), 6);
+    assert_memory_equal(bytes, "\0\0\0\0\0\0", 6);
+    close(fd);
+}
+
+static void spares_end_when_there_are_too_many_or_room_is_needed(void **state)
+{
+    int fds[6];
+    ino_t kept[6];
+    for (int i = 0; i < 6; i++) {
+        fds[i] = storage_file_dirty(*state, "a", 64 * MIB);
+        kept[i] = inode_of(fds[i]);
+    }
+    for (int i = 0; i < 6; i++) {
+        storage_give_back(*state, fds[i],
+                          64 * MIB); /* a quarter of the limit is 256 MiB: four fit */
+    }
+    storage_trim(*state, 64 * MIB);
+    int fd = storage_file_dirty(*state, "b", 64 * MIB);
+    assert_int_equal(inode_of(fd), kept[0]);
+    int fresh = storage_file_dirty(*state, "c", 64 * MIB);
+    assert_int_not_equal(inode_of(fresh), kept[0]);
+    close(fd);
+    close(fresh);
+}
+
+static void a_directory_takes_files_too(void **state)
+{
+    (void)state;
+    char dir[] = "/tmp/p2pfs-storage-XXXXXX";
+    assert_non_null(mkdtemp(dir));
+    struct storage *storage = NULL;
+    char *error = NULL;
+    int status = storage_open(64 * MIB, dir, &storage, &error);
+    if (status == -EOPNOTSUPP) {
+        print_message("SKIP /tmp has no unnamed files\n");
+        free(error);
+        rmdir(dir);
+        skip();
+    }
+    assert_int_equal(status, 0);
+    assert_string_equal(storage_kind(storage), "cache_dir");
+    int fd = storage_file(storage, "a");
+    assert_true(fd >= 0);
+    close(fd);
+    storage_close(storage);
+    rmdir(dir);
+    assert_int_equal(storage_open(64 * MIB, dir, &storage, &error), -ENOENT);
+    assert_non_null(strstr(error, dir));
+    free(error);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(what_is_written_is_mapped, open_memory, close_memory),
+        cmocka_unit_test_setup_teardown(a_spare_file_is_used_again_at_its_new_size, open_memory,
+                                        close_memory),
+        cmocka_unit_test_setup_teardown(a_new_file_for_a_writer_is_never_a_spare, open_memory,
+                                        close_memory),
+        cmocka_unit_test_setup_teardown(spares_end_when_there_are_too_many_or_room_is_needed,
+                                        open_memory, close_memory),
+        cmocka_unit_test(a_directory_takes_files_too),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
