@@ -218,7 +218,7 @@ void storage_give_back(struct storage *storage, int fd, uint64_t size)
     for (unsigned i = 0; i < STORAGE_SPARES; i++) {
         struct spare *spare = &storage->spares[i];
         if (spare->fd < 0) {
-            vacant = spare;
+            vacant = vacant ? vacant : spare;
         } else {
             total += spare->size;
         }
