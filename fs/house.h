@@ -15,6 +15,7 @@
 struct inodes;
 struct fresh_files;
 struct parking;
+struct reports;
 struct control;
 struct fuse_session;
 struct work;
@@ -26,6 +27,7 @@ struct house {
     struct inodes *inodes;
     struct fresh_files *fresh; /* being written on this node */
     struct parking *parking;   /* reads that wait */
+    struct reports *reports;   /* files of .p2pfs that are open */
     struct control *control;
     struct fuse_session *session;
     struct work *chores; /* what may wait for a local disk or for this very mount */

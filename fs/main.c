@@ -26,6 +26,7 @@
 #include "fs/notice.h"
 #include "fs/options.h"
 #include "fs/read.h"
+#include "fs/report.h"
 #include "fs/session.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -197,6 +198,8 @@ static int open_files(struct house *house, const struct model_attr *root)
     if (rc == 0)
         rc = parking_open(house, &house->parking);
     if (rc == 0)
+        rc = reports_open(&house->reports);
+    if (rc == 0)
         rc = work_open(MAIN_CHORES, &house->chores);
     if (rc == 0)
         rc = control_open(house, &house->control);
@@ -223,6 +226,7 @@ static void quiet_files(struct house *house)
     parking_clear(house->parking);
     session_unmount(house);
     control_close(house->control);
+    reports_close(house->reports);
     work_close(house->chores);
     pthread_mutex_lock(&house->gate);
     struct work *notices = house->notices;

@@ -5,6 +5,8 @@
 #include <pthread.h>
 #include <stdlib.h>
 
+#include <utlist.h>
+
 #include "fs/control.h"
 #include "fs/reply.h"
 
@@ -28,7 +30,22 @@ struct report {
     char *text;
     size_t length;
     struct report_reader *readers;
+    struct report *prev, *next; /* among those that are open, under their lock */
 };
+
+struct reports {
+    pthread_mutex_t lock;
+    struct report *open;
+};
+
+int reports_open(struct reports **reports)
+{
+    *reports = calloc(1, sizeof(**reports));
+    if (*reports == NULL)
+        return -ENOMEM;
+    pthread_mutex_init(&(*reports)->lock, NULL);
+    return 0;
+}
 
 static void report_drop(struct report *report, unsigned count)
 {
@@ -41,6 +58,27 @@ static void report_drop(struct report *report, unsigned count)
     pthread_mutex_destroy(&report->lock);
     free(report->text);
     free(report);
+}
+
+static void report_shut(struct reports *reports, struct report *report)
+{
+    pthread_mutex_lock(&reports->lock);
+    DL_DELETE(reports->open, report);
+    pthread_mutex_unlock(&reports->lock);
+    report_drop(report, 1);
+}
+
+void reports_close(struct reports *reports)
+{
+    if (reports == NULL)
+        return;
+    struct report *report;
+    struct report *next;
+    DL_FOREACH_SAFE(reports->open, report, next) {
+        report_shut(reports, report);
+    }
+    pthread_mutex_destroy(&reports->lock);
+    free(reports);
 }
 
 void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
@@ -69,14 +107,16 @@ void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
     }
     fi->fh = (uintptr_t)report;
     fi->direct_io = 1; /* its size is not known before it is rendered */
+    pthread_mutex_lock(&house->reports->lock);
+    DL_APPEND(house->reports->open, report);
+    pthread_mutex_unlock(&house->reports->lock);
     if (fuse_reply_open(req, fi) != 0)
-        report_drop(report, 1);
+        report_shut(house->reports, report);
 }
 
 void report_release(struct house *house, struct fuse_file_info *fi)
 {
-    (void)house;
-    report_drop((struct report *)(uintptr_t)fi->fh, 1);
+    report_shut(house->reports, (struct report *)(uintptr_t)fi->fh);
 }
 
 /* Called with the lock; the text is complete. */
