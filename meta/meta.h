@@ -101,7 +101,8 @@ struct meta_ops {
 /* Every store begins with this, so that the calls below find its backend. */
 struct meta_store {
     const struct meta_ops *ops;
-    uint64_t epoch; /* grows when a call finds another service than before, or an older state of it */
+    uint64_t
+        epoch; /* grows when a call finds another service than before, or an older state of it */
 };
 
 /* Opens the backend that serves config->url. -EINVAL: no backend for that scheme, or a malformed URL; *error is then
