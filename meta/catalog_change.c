@@ -34,8 +34,9 @@ static int change_find(const struct catalog *c, uint64_t parent, const char *nam
                        struct tree_entry **out)
 {
     char key[CODEC_KEY_MAX];
-    if (model_name_check(name) < 0)
-        return model_name_check(name);
+    int rc = model_name_check(name);
+    if (rc < 0)
+        return rc;
     *out = tree_entry_find(c->tree, parent, name);
     if (*out)
         return 0;

@@ -257,7 +257,7 @@ static int local_lease_end(struct local *s, uint64_t lease)
 {
     static const enum local_statement steps[] = {LOCAL_LOG_LEASE, LOCAL_LEASE_KEYS,
                                                  LOCAL_LEASE_FORGET};
-    uint64_t revision;
+    uint64_t revision = 0;
     int rc = local_advance(s, &revision);
     for (size_t i = 0; rc == 0 && i < util_count(steps); i++) {
         sqlite3_stmt *statement = local_use(&s->db, steps[i]);
