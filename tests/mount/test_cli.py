@@ -595,17 +595,17 @@ def test_changing_is_for_root_and_the_mounting_user(cluster, source):
     node.dir.parent.chmod(0o755)
     node.dir.parent.parent.chmod(0o755)
     shutil.copy(source / "config.json", node.path("c"))
+    reachable = shutil.copy(BINARY, node.dir.parent / "p2pfs")  # the build may lie in a private home
 
     def as_nobody(*words):
         return subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", BINARY, *words],
+            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", reachable, *words],
             capture_output=True,
             text=True,
             check=False,
         )
 
-    if as_nobody("version").returncode != 0:
-        pytest.skip("an ordinary user cannot run the binary where it lies")
+    assert as_nobody("version").returncode == 0
     assert as_nobody("status", node.dir).returncode == 0
     assert as_nobody("ls", node.dir).returncode == 0
     for command in ("evict", "pin", "unregister", "pull"):
