@@ -107,9 +107,11 @@ int inplace_open(struct replica *replica)
 void inplace_idle(struct replica *replica)
 {
     int fd = -1;
+    if (!replica->inplace) {
+        return;
+    }
     pthread_mutex_lock(&replica->lock);
-    if (replica->inplace && replica->opens == 0 && replica->users == 0 && replica->grants == 0 &&
-        !replica->hashing) {
+    if (replica->opens == 0 && replica->users == 0 && replica->grants == 0 && !replica->hashing) {
         fd = replica->fd;
         replica->fd = -1;
     }

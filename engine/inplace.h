@@ -12,7 +12,8 @@ int inplace_open(struct replica *replica);
 int inplace_prepare(struct replica *replica, uint32_t shard);
 /* Reads a range; -ESTALE or -EIO when the file is not what it was. */
 int inplace_read(struct replica *replica, uint64_t offset, size_t length, void *out);
-/* Closes the file when nobody reads it. */
+/* Closes the file when nobody reads it: whoever was an open, a user or a grant less calls it. Any thread; nothing to do
+ * for a replica that does not lie in place. */
 void inplace_idle(struct replica *replica);
 /* Digests all shards in the background, then seals the version in the metadata. */
 void inplace_hash_start(struct replica *replica);

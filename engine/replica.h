@@ -55,7 +55,7 @@ struct replica {
         all_known; /* every digest is known (and agrees with the root, when that is known) */
 
     unsigned opens;   /* handles */
-    unsigned users;   /* attached sessions of peers */
+    unsigned users;   /* attached sessions of peers, and shards that are prepared for them */
     unsigned grants;  /* shards that peers read now */
     uint64_t used_ns; /* last open or read, for eviction */
     bool pinned;

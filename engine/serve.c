@@ -37,6 +37,8 @@ struct follow {
 
 struct grant {
     uint32_t request;
+    uint64_t
+        serial; /* a puller may use a request's number again, also while an older one is prepared */
     struct replica *replica; /* with a reference, counted in grants once exposed */
     uint64_t since_ns;
     uint64_t length;
@@ -70,6 +72,16 @@ static int message_send(struct session *s, const struct wire_message *message)
 
 /* ---- grants and follows ---- */
 
+/* One who may ask for the replica's bytes less; a file in place is closed behind the last one. */
+static void user_end(struct lane *lane, struct replica *replica)
+{
+    pthread_mutex_lock(&replica->lock);
+    replica->users--;
+    pthread_mutex_unlock(&replica->lock);
+    inplace_idle(replica);
+    cache_retire(lane->engine->cache, replica);
+}
+
 /* done: the peer has said that it does not read any more. */
 static void grant_end(struct session *s, struct grant *grant, bool done)
 {
@@ -81,6 +93,7 @@ static void grant_end(struct session *s, struct grant *grant, bool done)
         grant->replica->grants--;
         grant->replica->torn |= !done;
         pthread_mutex_unlock(&grant->replica->lock);
+        inplace_idle(grant->replica);
         atomic_fetch_sub(&s->lane->engine->counters.grants_open, 1);
     }
     replica_put(grant->replica);
@@ -92,12 +105,9 @@ static void follow_end(struct session *s, struct follow *follow)
     struct replica *replica = follow->replica;
     /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->follows, follow);
-    pthread_mutex_lock(&replica->lock);
-    replica->users--;
-    pthread_mutex_unlock(&replica->lock);
     free(follow->told);
     free(follow);
-    cache_retire(s->lane->engine->cache, replica);
+    user_end(s->lane, replica);
     replica_put(replica);
 }
 
@@ -371,11 +381,13 @@ static void grant_expose(struct session *s, struct grant *grant, uint32_t shard,
 }
 
 /* A shard that lies in a local file: a work thread makes sure that the file is what it was, that the digest is known
- * and that the bytes are on their way from the disk; then the lane grants. */
+ * and that the bytes are on their way from the disk; then the lane grants. It counts as a user, for the peer may detach
+ * meanwhile, and the file must stay open. */
 struct prepare_job {
     struct work_job job;
     struct lane *lane;
-    uint64_t serial;
+    uint64_t session; /* serial */
+    uint64_t grant;   /* serial */
     uint32_t request;
     uint32_t shard;
     bool urgent;
@@ -397,10 +409,13 @@ static struct session *session_find(struct lane *lane, uint64_t serial)
 static void prepared(struct lane *lane, void *arg)
 {
     struct prepare_job *prepare = arg;
-    struct session *s = session_find(lane, prepare->serial);
+    struct session *s = session_find(lane, prepare->session);
     struct grant *grant = NULL;
     if (s) {
         HASH_FIND(hh, s->grants, &prepare->request, sizeof prepare->request, grant);
+    }
+    if (grant && grant->serial != prepare->grant) {
+        grant = NULL; /* another one under the same number */
     }
     if (grant && prepare->status == 0) {
         grant_expose(s, grant, prepare->shard, prepare->urgent);
@@ -409,6 +424,7 @@ static void prepared(struct lane *lane, void *arg)
                   prepare->status == -ESTALE ? WIRE_GONE_CHANGED : WIRE_GONE_ERROR);
         grant_end(s, grant, false);
     }
+    user_end(lane, prepare->replica);
     replica_put(prepare->replica);
     core_release(lane->engine);
     free(prepare);
@@ -431,12 +447,16 @@ static void prepare_start(struct session *s, struct grant *grant, uint32_t shard
     }
     *prepare = (struct prepare_job){.job.run = prepare_run,
                                     .lane = s->lane,
-                                    .serial = s->serial,
+                                    .session = s->serial,
+                                    .grant = grant->serial,
                                     .request = grant->request,
                                     .shard = shard,
                                     .urgent = urgent,
                                     .replica = grant->replica};
     replica_get(grant->replica);
+    pthread_mutex_lock(&grant->replica->lock);
+    grant->replica->users++;
+    pthread_mutex_unlock(&grant->replica->lock);
     core_hold(s->lane->engine);
     work_post_urgent(s->lane->engine->work, &prepare->job);
 }
@@ -477,6 +497,7 @@ static void ask(struct session *s, const struct wire_message *message)
         return;
     }
     grant->request = message->request;
+    grant->serial = ++s->lane->session_serial;
     grant->replica = replica;
     grant->since_ns = loop_now_ns(s->lane->loop);
     replica_get(replica);

@@ -254,6 +254,21 @@ def test_ln_from_the_shell_and_a_tree(two, tmp_path, sh):
     assert a.path("name").read_text() == "one"
 
 
+def test_a_tree_in_place_costs_no_descriptor_when_its_readers_have_left(two, tmp_path):
+    a, b = two
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for index in range(100):
+        (tree / str(index)).write_bytes(pattern(5000 + index, index))
+    before = len(os.listdir(f"/proc/{a.pid}/fd"))
+    os.symlink(tree, a.path("tree"))
+    seen(b, "tree/99")
+    b.cli("pull", "tree")
+    for index in range(100):
+        assert b.path(f"tree/{index}").read_bytes() == pattern(5000 + index, index)
+    eventually(lambda: len(os.listdir(f"/proc/{a.pid}/fd")) < before + 10, 5, "the files closed")
+
+
 def test_links_that_cannot_be_registered(node, tmp_path):
     fails_with(errno.ENOENT, os.symlink, tmp_path / "missing", node.path("f"))
     os.mkfifo(tmp_path / "fifo")
