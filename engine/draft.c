@@ -241,7 +241,7 @@ static int write_begin(struct replica *r, uint64_t offset, uint64_t length)
     if (status < 0) {
         return status;
     }
-    if (end > d->size && !cache_reserve(r->engine->cache, r, end)) {
+    if (!cache_reserve(r->engine->cache, r, end)) {
         return -ENOSPC;
     }
     if (end > d->extended) {
@@ -301,17 +301,37 @@ struct write_job {
     uint8_t data[];
 };
 
+/* Evicts until the draft's first `end` bytes fit. Work threads. */
+static int room_make(struct replica *r, uint64_t end)
+{
+    pthread_mutex_lock(&r->lock);
+    bool fits = cache_reserve(r->engine->cache, r, end);
+    uint64_t need = storage_charge(end) > r->reserved ? storage_charge(end) - r->reserved : 0;
+    pthread_mutex_unlock(&r->lock);
+    if (fits) {
+        return 0;
+    }
+    int status = cache_make_room(r->engine->cache, need);
+    pthread_mutex_lock(&r->lock);
+    if (status == 0 && !cache_reserve(r->engine->cache, r, end)) {
+        status = -ENOSPC; /* somebody was quicker */
+    }
+    pthread_mutex_unlock(&r->lock);
+    if (status < 0) {
+        log_error(
+            "writing a new file: %s; the cache is full of what cannot be evicted (raise cache_size=, or evict "
+            "something)",
+            strerror(-status));
+    }
+    return status;
+}
+
 static void write_run(struct work_job *job)
 {
     struct write_job *write = util_container(job, struct write_job, job);
     struct replica *r = write->replica;
     struct engine *engine = r->engine;
-    pthread_mutex_lock(&r->lock);
-    uint64_t end = write->offset + write->length;
-    uint64_t need = storage_charge(end) > r->reserved ? storage_charge(end) - r->reserved : 0;
-    pthread_mutex_unlock(&r->lock);
-
-    int status = cache_make_room(engine->cache, need);
+    int status = room_make(r, write->offset + write->length);
     if (status == 0) {
         pthread_mutex_lock(&r->lock);
         status = write_begin(r, write->offset, write->length);
@@ -321,10 +341,6 @@ static void write_run(struct work_job *job)
         status = write_bytes(r, write->offset, write->data, write->length);
     } else {
         draft_fail(r, status);
-        log_error(
-            "writing a new file: %s; the cache is full of what cannot be evicted (raise cache_size=, or evict "
-            "something)",
-            strerror(-status));
     }
     write->done(write->arg, status);
     free(write);
@@ -368,8 +384,12 @@ int draft_write(struct replica *draft, uint64_t offset, const void *data, size_t
     return -EINPROGRESS;
 }
 
+/* What it grows by is a hole, which takes no room before it is written, or registered. Both can evict; this cannot. */
 int draft_truncate(struct replica *draft, uint64_t size)
 {
+    uint64_t limit;
+    uint64_t used;
+    cache_usage(draft->engine->cache, &limit, &used);
     pthread_mutex_lock(&draft->lock);
     struct draft *d = draft->draft;
     int status = 0;
@@ -377,9 +397,10 @@ int draft_truncate(struct replica *draft, uint64_t size)
         status = -EROFS;
     } else if (size > MODEL_SIZE_MAX) {
         status = -EFBIG;
-    } else if ((status = leaves_room(draft, size)) == 0 && size > d->size &&
-               !cache_reserve(draft->engine->cache, draft, size)) {
+    } else if (size > d->size && storage_charge(size) > limit) {
         status = -ENOSPC;
+    } else {
+        status = leaves_room(draft, size);
     }
     /* Cut at the exact size first, so that what lay behind reads as zeros when the file grows again. */
     if (status == 0 && size < d->extended && ftruncate(draft->fd, (off_t)size) < 0) {
@@ -584,7 +605,11 @@ static void register_run(struct work_job *job)
         work_post(r->engine->work, &reg->job);
         return;
     }
-    int status = seal(r);
+    /* Holes have no room yet, and whoever maps the file fills them. */
+    int status = room_make(r, r->draft->size);
+    if (status == 0) {
+        status = seal(r);
+    }
     if (status == 0) {
         /* In the table before anybody can learn of it and ask. */
         struct replica *there = cache_insert(r->engine->cache, r);

@@ -115,6 +115,33 @@ def test_the_least_recently_used_go_when_others_hold_them(cluster):
     assert small.metrics()["p2pfs_evictions_total"] >= 4
 
 
+@pytest.mark.parametrize("grow", (os.ftruncate, lambda fd, size: os.posix_fallocate(fd, 0, size)))
+def test_a_file_that_grows_by_a_hole_evicts_too(cluster, grow):
+    """What can be evicted is no reason to refuse a size; what cannot, shows at the close at the latest."""
+    big = cluster.node()
+    small = cluster.node(cache_size="8M")
+    data = {name: register(big, name, 3 * MIB, k) for k, name in enumerate(("f0", "f1"))}
+    for name, bytes_ in data.items():
+        assert appears(small, name).read_bytes() == bytes_
+        settled(small)
+    with open(small.path("hole"), "wb", buffering=0) as hole:
+        grow(hole.fileno(), 5 * MIB)
+        os.pwrite(hole.fileno(), b"end", 5 * MIB - 3)
+    assert appears(big, "hole").read_bytes() == bytes(5 * MIB - 3) + b"end"
+    assert used(small) <= 8 * MIB
+    assert small.metrics()["p2pfs_evictions_total"] >= 1
+    with open(small.path("never"), "wb", buffering=0) as never, pytest.raises(OSError) as raised:
+        grow(never.fileno(), 9 * MIB)
+    assert raised.value.errno == errno.ENOSPC
+    small.cli("pin", "hole")
+    late = os.open(small.path("late"), os.O_CREAT | os.O_WRONLY)
+    grow(late, 4 * MIB)  # for which there is no room beside "hole"
+    with pytest.raises(OSError) as raised:
+        os.close(late)
+    assert raised.value.errno == errno.ENOSPC
+    assert not small.path("late").exists()
+
+
 def test_an_open_file_and_a_pinned_one_are_not_evicted(cluster):
     big = cluster.node()
     small = cluster.node(cache_size="8M", read_timeout=5)
