@@ -222,7 +222,17 @@ static void evict_refuse(struct replica *replica, bool withdrawn)
         replica->announced = REPLICA_SILENT;
     }
     pthread_mutex_unlock(&replica->lock);
-    replica_announce(replica);
+    struct engine *engine = replica->engine;
+    struct model_version version;
+    int status = catalog_version(engine->config.catalog, &replica->version.id, &version);
+    if (status == 0) {
+        model_version_clear(&version);
+    }
+    if (status == -ENOENT) { /* unregistered while it was EVICTING, which could not be noted then */
+        engine_version_gone(engine, &replica->version.id);
+    } else {
+        replica_announce(replica);
+    }
 }
 
 static int evict_withdraw(struct engine *engine, struct replica *replica, bool force)
