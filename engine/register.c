@@ -310,6 +310,11 @@ static int tree_walk(struct tree_job *tree, const char *path, uint64_t dir, unsi
     int status = 0;
     struct dirent *entry;
     while (status == 0 && (entry = readdir(stream))) {
+        if (atomic_load(
+                &tree->engine->closing)) { /* a large tree would keep the mount from ending */
+            status = -ESHUTDOWN;
+            break;
+        }
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) {
             continue;
         }
