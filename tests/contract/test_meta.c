@@ -706,7 +706,7 @@ int main(int argc, char **argv)
         const char *why = backend->start ? backend->start() : NULL;
         snprintf(group, sizeof(group), "meta contract: %s", backend->name);
         if (why)
-            printf("SKIP: %s: %s (scripts/bootstrap --test)\n", group, why);
+            printf("SKIP: %s: %s (scripts/bootstrap --test, where Debian has it)\n", group, why);
         else
             failed += cmocka_run_group_tests_name(group, stories, NULL, NULL);
         if (backend->end)

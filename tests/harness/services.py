@@ -26,10 +26,11 @@ class Service:
 
     name = None
     program = None
+    remedy = "scripts/bootstrap --test"
 
     def __init__(self, home, extra=()):
         if shutil.which(self.program) is None:
-            pytest.skip(f"{self.program} is not installed (scripts/bootstrap --test)")
+            pytest.skip(f"{self.program} is not installed ({self.remedy})")
         self.home = Path(home)
         self.home.mkdir(parents=True, exist_ok=True)
         self.data = self.home / "data"
@@ -143,6 +144,7 @@ class Redis(Service):
 class Valkey(Redis):
     name = "valkey"
     program = "valkey-server"
+    remedy = "Debian 13 has it, Debian 12 does not"
 
 
 class Etcd(Service):
