@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <utlist.h>
-
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -198,11 +196,12 @@ static void feed_tomb_add(struct catalog *c, const char *key, uint64_t revision)
 
 static void feed_tombs_clear(struct catalog *c)
 {
-    struct feed_tomb *tomb;
-    struct feed_tomb *next;
-    HASH_ITER(hh, c->tombs, tomb, next) {
-        HASH_DEL(c->tombs, tomb);
+    struct feed_tomb *tomb = c->tombs;
+    HASH_CLEAR(hh, c->tombs);
+    while (tomb) {
+        struct feed_tomb *next = tomb->hh.next;
         free(tomb);
+        tomb = next;
     }
     c->tombs_newest = 0;
 }
@@ -470,15 +469,19 @@ int feed_apply(struct catalog *c, const char *text, const char *value, uint64_t 
 /* A change as it was told, kept until all of its transaction are there: readers see a rename as a whole. */
 struct feed_change {
     struct feed_change *next;
-    struct feed_change *prev;
-    char *value; /* inside `key`, NULL: deleted */
+    char *value; /* behind the key, NULL: deleted */
     uint64_t revision;
     char key[];
 };
 
+struct feed_changes {
+    struct feed_change *first;
+    struct feed_change **end;
+};
+
 static int feed_gather(void *arg, const struct meta_event *event)
 {
-    struct feed_change **changes = arg;
+    struct feed_changes *changes = arg;
     size_t key_size = strlen(event->key) + 1;
     size_t value_size = event->value ? strlen(event->value) + 1 : 0;
     struct feed_change *change = malloc(sizeof(*change) + key_size + value_size);
@@ -489,31 +492,37 @@ static int feed_gather(void *arg, const struct meta_event *event)
     if (event->value)
         memcpy(change->value, event->value, value_size);
     change->revision = event->revision;
-    DL_APPEND(*changes, change);
+    change->next = NULL;
+    *changes->end = change;
+    changes->end = &change->next;
     return 0;
+}
+
+static void feed_apply_all(struct catalog *c, const struct feed_change *change)
+{
+    tree_write_lock(c->tree);
+    for (; change; change = change->next) {
+        if (feed_apply(c, change->key, change->value, change->revision, FEED_CHANGE) < 0)
+            c->stale = true;
+    }
+    tree_unlock(c->tree);
 }
 
 int feed_pull(struct catalog *c, uint32_t timeout_ms, int wake_fd, size_t *news)
 {
-    struct feed_change *changes = NULL;
-    struct feed_change *change;
-    struct feed_change *next;
+    struct feed_changes changes = {.end = &changes.first};
     uint64_t revision = c->revision;
     size_t count = 0;
     int rc = feed_answer(c, c->store->ops->wait(c->store, CODEC_TREE, &revision, timeout_ms,
                                                 wake_fd, feed_gather, &changes));
-    if (changes)
-        tree_write_lock(c->tree);
-    bool locked = changes != NULL;
-    DL_FOREACH_SAFE(changes, change, next) {
-        if (rc == 0 && feed_apply(c, change->key, change->value, change->revision, FEED_CHANGE) < 0)
-            c->stale = true;
-        count++;
-        DL_DELETE(changes, change);
+    if (rc == 0 && changes.first)
+        feed_apply_all(c, changes.first);
+    while (changes.first) {
+        struct feed_change *change = changes.first;
+        changes.first = change->next;
         free(change);
+        count++;
     }
-    if (locked)
-        tree_unlock(c->tree);
     if (rc < 0)
         return rc;
     c->revision = revision;
@@ -538,6 +547,7 @@ static int feed_list_each(void *arg, const struct meta_event *event)
 }
 
 /* Removes what the listing did not mention. */
+/* NOLINTBEGIN(clang-analyzer-unix.Malloc): the loops took the next one before */
 static void feed_remove_unmarked(struct catalog *c)
 {
     uint32_t mark = c->tree->mark;
@@ -574,6 +584,7 @@ static void feed_remove_unmarked(struct catalog *c)
         }
     }
 }
+/* NOLINTEND(clang-analyzer-unix.Malloc) */
 
 int feed_list(struct catalog *c, bool *replaced)
 {
@@ -614,11 +625,12 @@ void feed_adopt(struct catalog *c)
 
 void feed_clear(struct catalog *c)
 {
-    struct feed_bad *bad;
-    struct feed_bad *next;
-    HASH_ITER(hh, c->bad, bad, next) {
-        HASH_DEL(c->bad, bad);
+    struct feed_bad *bad = c->bad;
+    HASH_CLEAR(hh, c->bad);
+    while (bad) {
+        struct feed_bad *next = bad->hh.next;
         free(bad);
+        bad = next;
     }
     feed_tombs_clear(c);
     while (c->notes) {

@@ -310,7 +310,7 @@ struct hold_other {
 static int hold_other_each(void *arg, const struct meta_event *event)
 {
     struct hold_other *other = arg;
-    struct model_holder holder;
+    struct model_holder holder = {0};
     int rc = codec_holder_decode(event->value, &holder);
     if (rc < 0) {
         feed_bad_note(other->catalog, event->key, event->revision, rc);
@@ -442,7 +442,7 @@ struct hold_holders {
 static int hold_holders_each(void *arg, const struct meta_event *event)
 {
     struct hold_holders *all = arg;
-    struct model_holder holder;
+    struct model_holder holder = {0};
     int rc = codec_holder_decode(event->value, &holder);
     if (rc < 0) {
         feed_bad_note(all->catalog, event->key, event->revision, rc);
@@ -500,7 +500,7 @@ static int hold_census_each(void *arg, const struct meta_event *event)
 {
     struct hold_census *census = arg;
     struct codec_key key;
-    struct model_holder holder;
+    struct model_holder holder = {0};
     int rc = codec_key_parse(event->key, &key);
     if (rc == 0)
         rc = codec_holder_decode(event->value, &holder);

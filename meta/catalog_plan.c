@@ -97,7 +97,7 @@ int plan_send(struct catalog *c, const struct plan *plan, uint64_t *revision)
 
 int plan_commit(struct catalog *c, const struct plan *plan)
 {
-    uint64_t revision;
+    uint64_t revision = 0;
     int rc = plan_send(c, plan, &revision);
     if (rc < 0)
         return rc;

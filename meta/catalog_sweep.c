@@ -211,7 +211,7 @@ static uint64_t sweep_period(const struct catalog *c)
 
 static int sweep_orphans(struct catalog *c)
 {
-    uint64_t token;
+    uint64_t token = 0;
     /* a version counts as held when it is seen first */
     for (struct tree_version *v = c->tree->versions; v; v = v->hh.next) {
         if (v->held_at == 0)
@@ -365,7 +365,9 @@ static int sweep_batch_add(struct sweep_batch *batch, const char *key, char *val
         return -ENOMEM;
     }
     batch->keys[batch->count] = copy;
-    batch->values[batch->count++] = value;
+    /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the flush frees it */
+    batch->values[batch->count] = value;
+    batch->count++;
     return batch->count == CATALOG_BATCH ? sweep_batch_flush(batch) : 0;
 }
 

@@ -313,7 +313,7 @@ static int local_dir_lock(struct local_db *db, int *fd)
 static int local_db_reopen(struct local_db *db)
 {
     int lock;
-    struct stat st;
+    struct stat st = {0};
     int rc = local_dir_lock(db, &lock);
     if (rc < 0)
         return rc;
@@ -385,6 +385,7 @@ static const char *const local_sql[LOCAL_STATEMENTS] = {
     [LOCAL_LIST] = "SELECT key, value, revision FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key",
     [LOCAL_REVISION_OF] = "SELECT revision FROM kv WHERE key = ?1",
     [LOCAL_ANY_BELOW] = "SELECT 1 FROM kv WHERE key >= ?1 AND key < ?2 LIMIT 1",
+    /* NOLINTNEXTLINE(bugprone-suspicious-missing-comma): one statement on three lines */
     [LOCAL_PUT] = "INSERT INTO kv(key, value, revision, lease) VALUES(?1, ?2, ?3, ?4)"
                   " ON CONFLICT(key) DO UPDATE SET"
                   " value = excluded.value, revision = excluded.revision, lease = excluded.lease",

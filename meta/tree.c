@@ -67,40 +67,51 @@ static void tree_version_free(struct tree_version *version)
     free(version);
 }
 
+/* HASH_CLEAR leaves the elements linked as they were: each is freed once the next one is known. */
+static void tree_free_names(struct tree *tree)
+{
+    struct tree_entry *entry = tree->entries;
+    struct tree_dir *dir = tree->dirs;
+    struct tree_version *version = tree->versions;
+    HASH_CLEAR(by_id, tree->ids);
+    HASH_CLEAR(by_name, tree->entries);
+    while (entry) {
+        struct tree_entry *next = entry->by_name.next;
+        tree_entry_free(entry);
+        entry = next;
+    }
+    HASH_CLEAR(hh, tree->dirs);
+    while (dir) {
+        struct tree_dir *next = dir->hh.next;
+        free(dir);
+        dir = next;
+    }
+    HASH_CLEAR(hh, tree->versions);
+    while (version) {
+        struct tree_version *next = version->hh.next;
+        tree_version_free(version);
+        version = next;
+    }
+}
+
 void tree_free(struct tree *tree)
 {
     if (!tree)
         return;
-    struct tree_entry *entry;
-    struct tree_entry *next_entry;
-    HASH_CLEAR(by_id, tree->ids);
-    HASH_ITER(by_name, tree->entries, entry, next_entry) {
-        HASH_DELETE(by_name, tree->entries, entry);
-        tree_entry_free(entry);
-    }
-    struct tree_dir *dir;
-    struct tree_dir *next_dir;
-    HASH_ITER(hh, tree->dirs, dir, next_dir) {
-        HASH_DEL(tree->dirs, dir);
-        free(dir);
-    }
-    struct tree_version *version;
-    struct tree_version *next_version;
-    HASH_ITER(hh, tree->versions, version, next_version) {
-        HASH_DEL(tree->versions, version);
-        tree_version_free(version);
-    }
-    struct tree_node *node;
-    struct tree_node *next_node;
-    HASH_ITER(hh, tree->nodes, node, next_node) {
-        HASH_DEL(tree->nodes, node);
+    struct tree_node *node = tree->nodes;
+    struct tree_text *text = tree->texts;
+    tree_free_names(tree);
+    HASH_CLEAR(hh, tree->nodes);
+    while (node) {
+        struct tree_node *next = node->hh.next;
         free(node);
+        node = next;
     }
-    struct tree_text *text;
-    struct tree_text *next_text;
-    HASH_ITER(hh, tree->texts, text, next_text) {
-        HASH_DEL(tree->texts, text);
+    HASH_CLEAR(hh, tree->texts);
+    while (text) {
+        struct tree_text *next = text->hh.next;
         free(text);
+        text = next;
     }
     pthread_rwlock_destroy(&tree->lock);
     free(tree);
