@@ -11,6 +11,8 @@
 
 #define PEERS_QUARANTINE_FIRST_MS 30000
 #define PEERS_QUARANTINE_LAST_MS  600000
+/* They are remembered until the mount ends, and without a secret anybody may call, under ever new names. */
+#define PEERS_STRANGERS_MAX 65536
 
 struct peers {
     pthread_mutex_t lock;
@@ -50,7 +52,8 @@ struct peer *peers_get(struct peers *peers, const char *node, const char *addres
     pthread_mutex_lock(&peers->lock);
     HASH_FIND_STR(peers->table, node, peer);
     if (!peer) {
-        peer = calloc(1, sizeof *peer);
+        bool room = address || HASH_COUNT(peers->table) < PEERS_STRANGERS_MAX;
+        peer = room ? calloc(1, sizeof *peer) : NULL;
         if (peer) {
             snprintf(peer->node, sizeof peer->node, "%s", node);
             HASH_ADD_STR(peers->table, node, peer);

@@ -22,7 +22,8 @@ struct peers;
 
 int peers_open(struct peers **peers);
 void peers_close(struct peers *peers);
-/* The peer of that name, made when new; address NULL: leave it. NULL: out of memory. */
+/* The peer of that name, made when new; address NULL: it has called, under a name that the metadata may not know. NULL:
+ * out of memory, or one caller too many. */
 struct peer *peers_get(struct peers *peers, const char *node, const char *address);
 /* A shard from it was wrong: leave it alone for 30 s, then 60 s, ... at most 10 min. */
 void peer_strike(struct peer *peer);

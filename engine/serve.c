@@ -245,6 +245,11 @@ static void proven(struct session *s, const struct wire_message *message)
         }
     }
     s->peer = peers_get(engine->peers, s->node, NULL);
+    if (!s->peer) {
+        session_refuse(s,
+                       "is one more than this node can remember (give every node a secret_file=)");
+        return;
+    }
     s->state = SESSION_READY;
 }
 
@@ -560,7 +565,7 @@ void serve_message(struct link *link, const void *bytes, size_t length)
         proven(s, &message);
         return;
     }
-    if (s->state != SESSION_READY || !s->peer) {
+    if (s->state != SESSION_READY) {
         session_refuse(s, "asked before it proved who it is");
         return;
     }

@@ -4,6 +4,7 @@ damaged, full or away. The mount lives on, every read ends, and the log names th
 
 import errno
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -385,6 +386,69 @@ def test_half_a_frame_and_silence(two):
     assert "greeting" in two[0].log
     assert says(two[0], b"\x00", close=True)
     assert two[0].alive()
+
+
+class Puller:
+    """A peer that speaks the protocol, as a puller (engine/wire.h), and says what it likes."""
+
+    HELLO, PROOF, ATTACH, ASK, DONE = 1, 3, 4, 8, 12
+
+    def __init__(self, node):
+        host, port = node.options["listen"].rsplit(":", 1)
+        self.link = socket.create_connection((host, int(port)), timeout=5)
+        header = (env.SOURCE / "engine/wire.h").read_text()
+        sizes = {
+            name: int(re.search(rf"WIRE_{name}\s+(0x[0-9a-f]+|\d+)", header).group(1), 0)
+            for name in ("MAGIC", "PROTOCOL", "NONCE")
+        }
+        hello = struct.pack(">IHH", sizes["MAGIC"], sizes["PROTOCOL"], 4) + b"evil"
+        hello += struct.pack(">QQ", 7, 0) + bytes(sizes["NONCE"] + 1)
+        self.link.sendall(b"p2pftcp1")
+        self.say((self.HELLO, hello), (self.PROOF, bytes(32)))
+
+    def say(self, *messages):
+        frames = b""
+        for kind, body in messages:
+            frames += struct.pack(">HHIIQB", 1, 0, 0, 1 + len(body), 0, kind) + body
+        self.link.sendall(frames)
+
+    def listen(self, seconds):
+        """Throws away what comes."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.link.settimeout(left)
+            try:
+                assert self.link.recv(MIB), "the link was ended"
+            except TimeoutError:
+                break
+        self.link.settimeout(5)
+
+
+def test_a_puller_that_uses_a_number_again(cluster, tmp_path):
+    """It asks for a shard in place, takes that back while it is prepared, and asks for another file's under the same
+    number: the one grant under it is the younger one's, and no grant stays behind."""
+    holder = cluster.node()
+    os.symlink(write_file(tmp_path / "large", 32 * MIB), holder.path("large"))
+    data = register(holder, "small", MIB)
+    puller = Puller(holder)
+    version = {name: bytes.fromhex(holder.xattr(name, "version")) for name in ("large", "small")}
+    puller.say(
+        (Puller.ATTACH, struct.pack(">I", 1) + version["large"]),
+        (Puller.ATTACH, struct.pack(">I", 2) + version["small"]),
+    )
+    done = (Puller.DONE, struct.pack(">I", 9))
+    for _ in range(300):
+        puller.say(
+            (Puller.ASK, struct.pack(">IIIB", 1, 9, 30, 0)),
+            done,
+            (Puller.ASK, struct.pack(">IIIB", 2, 9, 0, 0)),
+        )
+        puller.listen(0.004)
+        puller.say(done)
+    puller.link.close()
+    eventually(lambda: holder.metrics()["p2pfs_grants_open"] == 0, 5, "no grant open")
+    reader = cluster.node()
+    assert appears(reader, "small").read_bytes() == data
 
 
 class Recorder(threading.Thread):
