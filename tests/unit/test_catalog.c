@@ -271,7 +271,7 @@ static void a_file_is_replaced_only_when_asked(void **state)
     assert_true(model_id_equal(&now, &third));
     assert_string_equal(names_in(a, MODEL_ROOT), "f ");
     assert_int_equal(raw_count("t/v/"), 1);
-    kit_until(1000, b->gone == 2);
+    kit_until(1000, kit_gone(b) == 2);
 }
 
 static void publishing_again_what_stands_is_no_error(void **state)
@@ -426,7 +426,7 @@ static void a_version_lives_as_long_as_a_name_leads_to_it(void **state)
     assert_int_equal(do_unlink(b, MODEL_ROOT, "g"), 0);
     assert_int_equal(raw_count("t/v/"), 0);
     assert_int_equal(raw_count("h/"), 0);
-    kit_until(1000, a->gone == 1);
+    kit_until(1000, kit_gone(a) == 1);
     catalog_totals(b->catalog, &totals);
     assert_int_equal(totals.bytes + totals.files, 0);
 

@@ -110,6 +110,14 @@ static KIT_UNUSED bool kit_told(struct kit_node *node, const char *words)
     return told;
 }
 
+static KIT_UNUSED int kit_gone(struct kit_node *node)
+{
+    pthread_mutex_lock(&node->mutex);
+    int gone = node->gone;
+    pthread_mutex_unlock(&node->mutex);
+    return gone;
+}
+
 static KIT_UNUSED void kit_forget(struct kit_node *node)
 {
     pthread_mutex_lock(&node->mutex);

@@ -217,7 +217,7 @@ static void holders_are_announced_and_withdrawn(void **state)
     assert_int_equal(raw_count("h/"), 1);
     assert_int_equal(do_unlink(b, MODEL_ROOT, "f"), 0);
     assert_int_equal(raw_count("h/"), 0);
-    kit_until(1000, a->gone == 1);
+    kit_until(1000, kit_gone(a) == 1);
     assert_int_equal(do_announce(a, &id, 0), -ENOENT);
     assert_int_equal(do_withdraw(a, &id, false), 0);
 }
