@@ -422,7 +422,7 @@ static void a_version_lives_as_long_as_a_name_leads_to_it(void **state)
     assert_int_equal(totals.bytes, 100); /* once */
     assert_int_equal(do_unlink(b, MODEL_ROOT, "f"), 0);
     assert_int_equal(raw_count("t/v/"), 1);
-    assert_int_equal(b->gone, 0);
+    assert_int_equal(kit_gone(b), 0);
     assert_int_equal(do_unlink(b, MODEL_ROOT, "g"), 0);
     assert_int_equal(raw_count("t/v/"), 0);
     assert_int_equal(raw_count("h/"), 0);
