@@ -88,6 +88,16 @@ static int lanes_open(struct engine *engine, char **error)
     count = count > CORE_LANES_MAX ? CORE_LANES_MAX : count;
     for (unsigned i = 0; i < count; i++) {
         int status = lane_open(engine, i, &engine->lanes[i]);
+        if (status == -ENOPROTOOPT) {
+            if (asprintf(
+                    error,
+                    "tcp_congestion=%s: the kernel does not have it, or not for this user; sysctl "
+                    "net.ipv4.tcp_available_congestion_control lists them",
+                    engine->config.congestion) < 0) {
+                *error = NULL;
+            }
+            return status;
+        }
         if (status < 0) {
             if (asprintf(error, "listen=%s: %s; %s", engine->config.listen, strerror(-status),
                          status == -EADDRINUSE      ? "choose another port, or port 0 for any"

@@ -171,7 +171,7 @@ int tcp_tuning_from(const struct transport_config *config, struct tcp_tuning *tu
                   config->congestion,
                   r == -EPERM ? "not allowed to this user" : "not in this kernel",
                   r == -EPERM ? "allowed" : "available");
-        return -EINVAL;
+        return -ENOPROTOOPT;
     }
     snprintf(tuning->congestion, sizeof(tuning->congestion), "%s", config->congestion);
     return 0;

@@ -30,7 +30,7 @@ struct tcp_tuning {
 int tcp_address_parse(const char *text, bool names, bool passive, struct tcp_addresses *out);
 void tcp_address_print(const struct tcp_address *address, char out[TRANSPORT_NAME_MAX + 1]);
 
-/* 0, or -EINVAL: the kernel has no such congestion control for us; logged with the remedy. */
+/* 0, or -ENOPROTOOPT: the kernel has no such congestion control for us; logged with the remedy. */
 int tcp_tuning_from(const struct transport_config *config, struct tcp_tuning *tuning);
 
 /* A nonblocking socket, or negative errno. */

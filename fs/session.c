@@ -188,6 +188,10 @@ static void session_init(void *arg, struct fuse_conn_info *conn)
 {
     struct house *house = arg;
     conn->max_write = SESSION_MAX_WRITE;
+    const char *max_read = house->options.fuse ? strstr(house->options.fuse, "max_read=") : NULL;
+    if (max_read) { /* libfuse ends the session when the two places do not say the same */
+        conn->max_read = (unsigned)strtoul(max_read + strlen("max_read="), NULL, 10);
+    }
     conn->max_background = SESSION_BACKGROUND;
     conn->congestion_threshold = SESSION_BACKGROUND * 3 / 4;
     conn->time_gran = 1;

@@ -235,7 +235,7 @@ static void tcp_an_unknown_congestion_control_is_refused(void **state)
 {
     struct transport *second;
     struct transport_config config = {.congestion = "nonsense"};
-    assert_int_equal(ops->open(loop, &config, &events, &holder, &second), -EINVAL);
+    assert_int_equal(ops->open(loop, &config, &events, &holder, &second), -ENOPROTOOPT);
     config.congestion = "reno";
     assert_int_equal(ops->open(loop, &config, &events, &holder, &second), 0);
     ops->close(second);

@@ -13,7 +13,7 @@ import pytest
 from harness import fuse
 from harness.data import digest, pattern, write_file
 from harness.env import BINARY
-from harness.node import run_p2pfs
+from harness.node import MountFailed, run_p2pfs
 from harness.wait import eventually
 
 MIB = 1 << 20
@@ -649,3 +649,17 @@ def test_unmounting_while_requests_wait(two):
     finally:
         a.resume()
     assert fuse.mounted_at(b.dir) is None
+
+
+def test_a_congestion_control_that_is_not_there_is_named(cluster):
+    node = cluster.node(start=False, tcp_congestion="nonsense")
+    with pytest.raises(MountFailed) as raised:
+        node.start()
+    assert "tcp_congestion=nonsense" in raised.value.log.splitlines()[-1]
+
+
+def test_max_read_mounts(cluster):
+    node = cluster.node(max_read=65536)
+    assert "max_read=65536" in open("/proc/mounts", encoding="utf-8").read()
+    node.path("f").write_bytes(b"x" * 300000)
+    assert node.path("f").read_bytes() == b"x" * 300000
