@@ -46,6 +46,8 @@ uint32_t core_shard_size(const struct engine *engine, uint64_t size);
 
 /* Brackets whatever will call back later and uses the engine then. */
 void core_hold(struct engine *engine);
+/* The same for what need not begin any more when the engine closes: false, and nothing is held. */
+bool core_hold_open(struct engine *engine);
 void core_release(struct engine *engine);
 
 #endif

@@ -32,6 +32,17 @@ void core_hold(struct engine *engine)
     atomic_fetch_add(&engine->background, 1);
 }
 
+bool core_hold_open(struct engine *engine)
+{
+    core_hold(
+        engine); /* before looking: engine_close sets closing, and then waits for what is held */
+    if (atomic_load(&engine->closing)) {
+        core_release(engine);
+        return false;
+    }
+    return true;
+}
+
 void core_release(struct engine *engine)
 {
     atomic_fetch_sub(&engine->background, 1);

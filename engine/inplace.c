@@ -47,7 +47,7 @@ static void changed(struct replica *replica, const char *what)
         return;
     }
     log_error(
-        "%s: registered in place, and now it %s; its reads fail with EIO. Restore it, or rm the name and register it "
+        "%s: registered in place, and now it %s; its reads fail with EIO. Restore it and mount again, or rm the name and register it "
         "again",
         replica->version.origin_path, what);
     struct engine *engine = replica->engine;

@@ -61,13 +61,12 @@ static void look(struct replica *replica)
 {
     struct engine *engine = replica->engine;
     pthread_mutex_lock(&replica->lock);
-    bool start = !replica->looking && !atomic_load(&engine->closing);
+    bool start = !replica->looking && core_hold_open(engine);
     replica->looking |= start;
     pthread_mutex_unlock(&replica->lock);
     if (!start) {
         return;
     }
-    core_hold(engine);
     replica_get(replica);
     int status = catalog_holders(engine->config.catalog, &replica->version.id, looked, replica);
     if (status < 0) {
@@ -142,7 +141,7 @@ static void room_run(struct work_job *job)
 static void room_request(struct replica *replica)
 {
     pthread_mutex_lock(&replica->lock);
-    bool start = !replica->room_wanted && !atomic_load(&replica->engine->closing);
+    bool start = !replica->room_wanted && core_hold_open(replica->engine);
     replica->room_wanted |= start;
     pthread_mutex_unlock(&replica->lock);
     if (!start) {
@@ -153,11 +152,11 @@ static void room_request(struct replica *replica)
         pthread_mutex_lock(&replica->lock);
         replica->room_wanted = false; /* the next pump asks again */
         pthread_mutex_unlock(&replica->lock);
+        core_release(replica->engine);
         return;
     }
     *room = (struct room_job){.job.run = room_run, .replica = replica};
     replica_get(replica);
-    core_hold(replica->engine);
     work_post(replica->engine->work, &room->job);
 }
 

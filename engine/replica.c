@@ -365,10 +365,9 @@ void replica_announce(struct replica *replica)
         replica->announced = now;
     }
     pthread_mutex_unlock(&replica->lock);
-    if (!news || atomic_load(&engine->closing)) {
+    if (!news || !core_hold_open(engine)) {
         return;
     }
-    core_hold(engine);
     replica_get(replica);
     int status = catalog_announce(engine->config.catalog, &replica->version.id,
                                   now == REPLICA_ALL ? CATALOG_COMPLETE : 0, announced, replica);

@@ -444,10 +444,15 @@ static void prepare_run(struct work_job *job)
 
 static void prepare_start(struct session *s, struct grant *grant, uint32_t shard, bool urgent)
 {
-    struct prepare_job *prepare = malloc(sizeof *prepare);
+    struct engine *engine = s->lane->engine;
+    bool may = core_hold_open(engine);
+    struct prepare_job *prepare = may ? malloc(sizeof *prepare) : NULL;
     if (!prepare) {
         gone_send(s, 0, grant->request, WIRE_GONE_ERROR);
         grant_end(s, grant, false);
+        if (may) {
+            core_release(engine);
+        }
         return;
     }
     *prepare = (struct prepare_job){.job.run = prepare_run,
@@ -462,8 +467,7 @@ static void prepare_start(struct session *s, struct grant *grant, uint32_t shard
     pthread_mutex_lock(&grant->replica->lock);
     grant->replica->users++;
     pthread_mutex_unlock(&grant->replica->lock);
-    core_hold(s->lane->engine);
-    work_post_urgent(s->lane->engine->work, &prepare->job);
+    work_post_urgent(engine->work, &prepare->job);
 }
 
 static void ask(struct session *s, const struct wire_message *message)
