@@ -16,6 +16,7 @@ struct inodes;
 struct fresh_files;
 struct parking;
 struct reports;
+struct lists;
 struct control;
 struct fuse_session;
 struct work;
@@ -28,6 +29,7 @@ struct house {
     struct fresh_files *fresh; /* being written on this node */
     struct parking *parking;   /* reads that wait */
     struct reports *reports;   /* files of .p2pfs that are open */
+    struct lists *lists;       /* directories that are open */
     struct control *control;
     struct fuse_session *session;
     struct work *chores; /* what may wait for a local disk or for this very mount */

@@ -1,8 +1,11 @@
 #include "fs/list.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <utlist.h>
 
 #include "fs/fresh.h"
 #include "fs/reply.h"
@@ -16,7 +19,22 @@ struct listing {
     size_t draft_count;
     struct catalog_list entries;
     bool begun;
+    struct listing *prev, *next; /* among those that are open, under their lock */
 };
+
+struct lists {
+    pthread_mutex_t lock;
+    struct listing *open;
+};
+
+int lists_open(struct lists **lists)
+{
+    *lists = calloc(1, sizeof(**lists));
+    if (*lists == NULL)
+        return -ENOMEM;
+    pthread_mutex_init(&(*lists)->lock, NULL);
+    return 0;
+}
 
 static void listing_clear(struct listing *listing)
 {
@@ -25,7 +43,31 @@ static void listing_clear(struct listing *listing)
     free(listing->drafts);
     if (listing->entries.entries != NULL)
         catalog_list_free(&listing->entries);
-    *listing = (struct listing){0};
+    listing->drafts = NULL;
+    listing->entries = (struct catalog_list){0};
+    listing->begun = false;
+}
+
+static void listing_free(struct lists *lists, struct listing *listing)
+{
+    pthread_mutex_lock(&lists->lock);
+    DL_DELETE(lists->open, listing);
+    pthread_mutex_unlock(&lists->lock);
+    listing_clear(listing);
+    free(listing);
+}
+
+void lists_close(struct lists *lists)
+{
+    if (lists == NULL)
+        return;
+    struct listing *listing;
+    struct listing *next;
+    DL_FOREACH_SAFE(lists->open, listing, next) {
+        listing_free(lists, listing);
+    }
+    pthread_mutex_destroy(&lists->lock);
+    free(lists);
 }
 
 static int listing_fill(struct house *house, const struct inode *dir, struct listing *listing)
@@ -47,24 +89,26 @@ void list_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
     int rc = listing == NULL ? -ENOMEM : listing_fill(house, dir, listing);
     if (rc == -ENOENT)
         rc = -ESTALE; /* removed or replaced since the kernel looked: it shall look again */
-    if (rc == 0) {
-        fi->fh = (uintptr_t)listing;
-        if (fuse_reply_open(req, fi) == 0)
-            return;
-    } else {
+    if (rc != 0) {
+        if (listing != NULL)
+            listing_clear(listing);
+        free(listing);
         reply_status(req, rc);
+        return;
     }
-    if (listing != NULL)
-        listing_clear(listing);
-    free(listing);
+    fi->fh = (uintptr_t)listing;
+    pthread_mutex_lock(&house->lists->lock);
+    DL_APPEND(house->lists->open, listing);
+    pthread_mutex_unlock(&house->lists->lock);
+    if (fuse_reply_open(req, fi) != 0)
+        listing_free(house->lists, listing);
 }
 
 void list_releasedir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
 {
     struct listing *listing = (struct listing *)(uintptr_t)fi->fh;
     (void)nodeid;
-    listing_clear(listing);
-    free(listing);
+    listing_free(reply_house(req)->lists, listing);
     reply_status(req, 0);
 }
 

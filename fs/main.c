@@ -22,6 +22,7 @@
 #include "fs/fresh.h"
 #include "fs/house.h"
 #include "fs/inode.h"
+#include "fs/list.h"
 #include "fs/mountpoint.h"
 #include "fs/notice.h"
 #include "fs/options.h"
@@ -200,6 +201,8 @@ static int open_files(struct house *house, const struct model_attr *root)
     if (rc == 0)
         rc = reports_open(&house->reports);
     if (rc == 0)
+        rc = lists_open(&house->lists);
+    if (rc == 0)
         rc = work_open(MAIN_CHORES, &house->chores);
     if (rc == 0)
         rc = control_open(house, &house->control);
@@ -227,6 +230,7 @@ static void quiet_files(struct house *house)
     session_unmount(house);
     control_close(house->control);
     reports_close(house->reports);
+    lists_close(house->lists);
     work_close(house->chores);
     pthread_mutex_lock(&house->gate);
     struct work *notices = house->notices;
