@@ -94,19 +94,9 @@ const struct model_node *supplier_node(struct supplier *supplier)
     return &supplier->node;
 }
 
-bool supplier_ready(const struct supplier *supplier)
-{
-    return supplier->state == SUPPLIER_READY;
-}
-
 uint64_t supplier_rate(const struct supplier *supplier)
 {
     return supplier->rate;
-}
-
-uint64_t supplier_heard_ns(const struct supplier *supplier)
-{
-    return supplier->heard_ns;
 }
 
 static int message_send(struct supplier *s, const struct wire_message *message)

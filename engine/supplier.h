@@ -63,10 +63,7 @@ struct request {
 struct supplier *supplier_get(struct lane *lane, const struct model_node *node);
 struct peer *supplier_peer(struct supplier *supplier);
 const struct model_node *supplier_node(struct supplier *supplier);
-bool supplier_ready(const struct supplier *supplier);
 uint64_t supplier_rate(const struct supplier *supplier); /* bytes/s, smoothed; 0: not known yet */
-uint64_t supplier_heard_ns(
-    const struct supplier *supplier); /* when it last said or sent anything */
 
 void supplier_attach(struct supplier *supplier, struct attachment *attachment);
 /* Its requests must have ended or been cancelled. */
