@@ -248,15 +248,26 @@ static void impossible_versions_are_refused(void **state)
 
 /* ---- replacing and renaming ---- */
 
+static bool leads_to(struct kit_node *node, const char *path, const struct model_id *version)
+{
+    struct model_entry entry = {0};
+    bool same = catalog_resolve(node->catalog, path, &entry) == 0 &&
+                model_id_equal(&entry.version, version);
+    model_entry_clear(&entry);
+    return same;
+}
+
 static void a_file_is_replaced_only_when_asked(void **state)
 {
     struct model_id first = do_file(a, MODEL_ROOT, "f", 1);
+    kit_until(1000, leads_to(b, "f", &first)); /* a node is told only of what it has seen */
     struct model_version second = kit_version(2);
     struct model_version gone;
     assert_int_equal(do_publish(a, MODEL_ROOT, "f", &second, 0), -EEXIST);
     assert_int_equal(do_publish(a, MODEL_ROOT, "f", &second, CATALOG_OVERWRITE), 0);
     struct model_id now = version_at(a, "f");
     assert_true(model_id_equal(&now, &second.id));
+    kit_until(1000, leads_to(b, "f", &second.id));
     assert_int_equal(catalog_version(a->catalog, &first, &gone), -ENOENT);
     assert_int_equal(raw_count("t/v/"), 1);
     assert_int_equal(raw_count("h/"), 1);
