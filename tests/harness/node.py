@@ -87,7 +87,7 @@ class Node:
             words.append(key if value is True else f"{key}={text}")
         return [str(BINARY), self.meta, str(self.dir), "-f", "-o", ",".join(words)]
 
-    def start(self, wait=True, seconds=10):
+    def start(self, wait=True, seconds=30):
         """Starts the process, and returns when the mount serves (or raises MountFailed)."""
         assert self.process is None or self.process.poll() is not None, f"{self.name} runs already"
         with open(self.log_file, "ab") as log:
@@ -103,7 +103,7 @@ class Node:
             self.wait_ready(seconds)
         return self
 
-    def wait_ready(self, seconds=10):
+    def wait_ready(self, seconds=30):
         deadline = time.monotonic() + seconds * SLOWNESS
         while True:
             code = self.process.poll()
@@ -132,21 +132,21 @@ class Node:
     def mounted(self):
         return fuse.mounted_at(self.dir) is not None
 
-    def wait_exit(self, seconds=15):
+    def wait_exit(self, seconds=30):
         """The exit status of the process, -N for signal N."""
         try:
             return self.process.wait(seconds * SLOWNESS)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end within {seconds} s\n{self.log}") from None
 
-    def stop(self, seconds=15):
+    def stop(self, seconds=30):
         """SIGTERM; the node must unmount and end with 0."""
         self.process.send_signal(signal.SIGTERM)
         code = self.wait_exit(seconds)
         assert code == 0, f"{self.name} ended with {code} after SIGTERM\n{self.log}"
-        eventually(lambda: not self.mounted(), 2, f"{self.name} unmounted")
+        eventually(lambda: not self.mounted(), what=f"{self.name} unmounted")
 
-    def umount(self, seconds=15):
+    def umount(self, seconds=30):
         """umount(8); the node must end with 0."""
         done = subprocess.run(["umount", self.dir], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def test_ls_shows_state_and_replicas(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
     os.symlink("ckpt", a.path("latest"))
-    eventually(lambda: len(entries(b)) == 6, 2)
+    eventually(lambda: len(entries(b)) == 6)
     here, there = entries(a), entries(b)
     assert here["ckpt"]["kind"] == "dir" and here["latest"]["target"] == "ckpt"
     model = "ckpt/model.safetensors"
@@ -121,7 +121,7 @@ def test_ls_shows_state_and_replicas(two, source):
     assert here[model]["replicas"] == 1 and here[model]["complete"] == 1
     assert here[model]["version"] == there[model]["version"] == b.xattr(model, "version")
     b.cli("pull", "ckpt")
-    eventually(lambda: entries(b)[model]["complete"] == 2, 2)
+    eventually(lambda: entries(b)[model]["complete"] == 2)
     assert entries(b)[model]["state"] == "complete"
 
     text = b.cli("ls", "ckpt").stdout
@@ -140,14 +140,14 @@ def test_any_bytes_in_names(two):
     with open(os.path.join(os.fsencode(a.dir), name), "wb") as out:
         out.write(b"bytes")
     encoded = "bad %FF 100%25 %0A%07 gr\u00fc\u00df"
-    eventually(lambda: encoded in entries(b), 2)
+    eventually(lambda: encoded in entries(b))
     text = os.fsdecode(name)
     assert answer(b, "info", text)["name"] == encoded
     assert b.cli("ls", "").stdout.count(text) == 1
     b.cli("pull", text)
     assert answer(b, "info", text)["state"] == "complete"
     a.cli("unregister", text)
-    eventually(lambda: encoded not in entries(b), 2)
+    eventually(lambda: encoded not in entries(b))
 
 
 def test_info_says_all(two, source):
@@ -164,7 +164,7 @@ def test_info_says_all(two, source):
     assert holder["node"] == a.name and holder["complete"] and holder["self"]
     assert holder["address"] == a.status()["address"]
 
-    eventually(lambda: answer(b, "info", "m")["version"] == info["version"], 2)
+    eventually(lambda: answer(b, "info", "m")["version"] == info["version"])
     seen = answer(b, "info", "m")
     assert seen["state"] == "remote" and seen["resident"] == 0 and seen["digest"] == info["digest"]
     [holder] = seen["holders"]
@@ -178,7 +178,7 @@ def test_info_of_directories_and_links(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
     os.symlink("ckpt", a.path("latest"))
-    eventually(lambda: answer(b, "info", "ckpt")["files"] == 3, 2)
+    eventually(lambda: answer(b, "info", "ckpt")["files"] == 3)
     info = answer(b, "info", "latest")
     assert info["kind"] == "dir" and info["name"] == "ckpt" and info["dirs"] == 1
     assert info["size"] == 5 * MIB + 17 + 3 and info["resident"] == 0
@@ -195,9 +195,9 @@ def test_register_one_file(two, source):
     run_p2pfs("register", source / "model.safetensors", a.path("m"))
     info = answer(a, "info", "m")
     assert info["state"] == "inplace" and info["origin_path"] == str(source / "model.safetensors")
-    eventually(lambda: answer(a, "info", "m")["sealed"], 5)
+    eventually(lambda: answer(a, "info", "m")["sealed"])
     assert answer(a, "info", "m")["digest"].startswith("xxh3:")
-    eventually(lambda: b.path("m").exists(), 2)
+    eventually(lambda: b.path("m").exists())
     assert digest(b.path("m")) == digest(source / "model.safetensors")
     assert a.status()["cache_used"] < MIB
 
@@ -243,15 +243,15 @@ def test_unregister_a_tree_and_a_tag(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
     os.symlink("ckpt", a.path("latest"))
-    eventually(lambda: len(entries(b)) == 6, 2)
+    eventually(lambda: len(entries(b)) == 6)
     b.cli("unregister", "latest")
     assert b.path("ckpt/config.json").exists() and not os.path.lexists(b.path("latest"))
     b.cli("unregister", "ckpt")
     assert entries(b) == {}
-    eventually(lambda: entries(a) == {}, 2)
+    eventually(lambda: entries(a) == {})
     failed(a.cli("unregister", "ckpt", check=False), "no such name")
     failed(a.cli("unregister", "", check=False), "root")
-    eventually(lambda: a.status()["cache_used"] == 0, 5)
+    eventually(lambda: a.status()["cache_used"] == 0)
 
 
 # -- pull
@@ -260,7 +260,7 @@ def test_unregister_a_tree_and_a_tag(two, source):
 def test_pull_closes_with_the_rate(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
-    eventually(lambda: b.path("ckpt/model.safetensors").exists(), 2)
+    eventually(lambda: b.path("ckpt/model.safetensors").exists())
     done = b.cli("pull", "ckpt/model.safetensors")
     size = 5 * MIB + 17
     line = r"1 file, 5\.0 MiB \(%d bytes\) pulled in (\d+\.\d+) s, (\d+\.\d+) GB/s\n" % size
@@ -281,7 +281,7 @@ def test_pull_closes_with_the_rate(two, source):
 def test_pull_shows_a_bar_on_a_terminal(two, tmp_path):
     a, b = two
     write_file(a.path("big"), 192 * MIB, seed=7)
-    eventually(lambda: b.path("big").exists(), 2)
+    eventually(lambda: b.path("big").exists())
     done = subprocess.run(
         ["script", "-qec", f"{BINARY} pull {b.path('big')}", "/dev/null"],
         stdin=subprocess.DEVNULL,
@@ -300,7 +300,7 @@ def test_many_files_in_one_pull(two):
     a.path("many").mkdir()
     for i in range(300):
         a.path(f"many/{i:03}").write_bytes(pattern(5000 + i, seed=i))
-    eventually(lambda: len(entries(b)) == 301, 3)
+    eventually(lambda: len(entries(b)) == 301)
     result = answer(b, "pull", "many")
     assert result["files"] == 300 and result["files_failed"] == 0
     assert result["bytes_moved"] == sum(5000 + i for i in range(300))
@@ -313,10 +313,10 @@ def test_pull_fails_with_the_cause(cluster, source):
     b = cluster.node(read_timeout=3)
     shutil.copy(source / "model.safetensors", a.path("m"))
     shutil.copy(source / "config.json", a.path("c"))
-    eventually(lambda: b.path("c").exists(), 2)
+    eventually(lambda: b.path("c").exists())
     b.cli("pull", "c")
     a.stop()
-    eventually(lambda: answer(b, "info", "m")["state"] == "offline", 5)
+    eventually(lambda: answer(b, "info", "m")["state"] == "offline")
     done = b.cli("pull", "m", "c", check=False)
     assert done.returncode == 1
     assert "cannot pull 'm'" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
@@ -327,7 +327,7 @@ def test_pull_fails_with_the_cause(cluster, source):
     )
     a.start()
     shutil.copy(source / "model.safetensors", a.path("m2"))
-    eventually(lambda: b.path("m2").exists(), 3)
+    eventually(lambda: b.path("m2").exists())
     b.cli("pull", "m2")
 
 
@@ -337,7 +337,7 @@ def test_pull_of_more_than_the_cache_holds(cluster):
     a.path("t").mkdir()
     for i in range(6):
         write_file(a.path(f"t/{i}"), 4 * MIB, seed=i)
-    eventually(lambda: len(entries(b)) == 7, 2)
+    eventually(lambda: len(entries(b)) == 7)
     failed(b.cli("pull", "t", check=False), "24.0 MiB do not fit the cache of 16.0 MiB", "cache_size=")
     assert b.status()["bytes_received"] == 0
     b.cli("pull", "t/0", "t/1", "t/2")
@@ -352,24 +352,24 @@ def test_pull_of_more_than_the_cache_holds(cluster):
 def test_evict_keeps_the_last_copy(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
-    eventually(lambda: b.path("m").exists(), 2)
+    eventually(lambda: b.path("m").exists())
     failed(a.cli("evict", "m", check=False), "m", "--force")
     b.cli("pull", "m")
-    eventually(lambda: entries(a)["m"]["complete"] == 2, 2)
+    eventually(lambda: entries(a)["m"]["complete"] == 2)
     text = a.cli("evict", "m").stdout
     assert text == "evicted 1 files, 5.0 MiB\n"
     assert answer(a, "info", "m")["resident"] == 0 and a.status()["cache_used"] == 0
     assert a.cli("evict", "m").stdout.startswith("evicted 0 files")
     failed(b.cli("evict", "m", check=False), "--force")
     b.cli("evict", "--force", "m")
-    eventually(lambda: entries(b)["m"]["state"] == "offline", 3)
-    a.cli("wait", "--offline", "--timeout=5", "m")
+    eventually(lambda: entries(b)["m"]["state"] == "offline")
+    a.cli("wait", "--offline", "--timeout=60", "m")
 
 
 def test_evict_spares_open_and_pinned_files(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
-    eventually(lambda: b.path("ckpt/model.safetensors").exists(), 2)
+    eventually(lambda: b.path("ckpt/model.safetensors").exists())
     b.cli("pull", "ckpt")
     with open(b.path("ckpt/model.safetensors"), "rb") as model:
         model.read(10)
@@ -379,14 +379,14 @@ def test_evict_spares_open_and_pinned_files(two, source):
     assert "complete,pinned" in b.cli("ls", "ckpt").stdout
     failed(b.cli("evict", "ckpt", check=False), "pinned", "unpin")
     b.cli("unpin", "ckpt")
-    eventually(lambda: b.cli("evict", "ckpt", check=False).returncode == 0, 3)
+    eventually(lambda: b.cli("evict", "ckpt", check=False).returncode == 0)
     assert answer(b, "info", "ckpt")["resident"] == 0
 
 
 def test_evict_right_after_a_pull(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
-    eventually(lambda: b.path("m").exists(), 2)
+    eventually(lambda: b.path("m").exists())
     for _ in range(5):
         b.cli("pull", "m")
         assert b.cli("evict", "m").stdout.startswith("evicted 1 files")
@@ -406,21 +406,20 @@ def test_evict_leaves_files_that_lie_elsewhere(two, source):
 def test_wait_for_a_name(two, source):
     a, b = two
     failed(b.cli("wait", "--timeout=0.2", "late/c", check=False), "late/c", "does not exist")
-    timer = threading.Timer(0.5, shutil.copytree, (source, a.path("late")))
-    timer.start()
-    begun = time.monotonic()
-    b.cli("wait", "--timeout=10", "late/sub/empty")
-    assert time.monotonic() - begun > 0.3
-    timer.join()
+    waiting = subprocess.Popen([BINARY, "wait", "--timeout=60", b.path("late/sub/empty")])
+    time.sleep(0.3)
+    assert waiting.poll() is None
+    shutil.copytree(source, a.path("late"))
+    assert waiting.wait() == 0
     line = failed(b.cli("wait", "--complete", "--timeout=0.2", "late", check=False))
     assert "files are here" in line
-    waiting = threading.Thread(target=b.cli, args=("wait", "--complete", "--timeout=20", "late"))
+    waiting = threading.Thread(target=b.cli, args=("wait", "--complete", "--timeout=60", "late"))
     waiting.start()
     b.cli("pull", "late")
     waiting.join()
-    b.cli("wait", "--online", "--timeout=5", "late/config.json")
+    b.cli("wait", "--online", "--timeout=60", "late/config.json")
     threading.Timer(0.3, a.cli, ("unregister", "late")).start()
-    b.cli("wait", "--gone", "--timeout=10", "late")
+    b.cli("wait", "--gone", "--timeout=60", "late")
 
 
 # -- status, peers, metrics, doctor
@@ -450,26 +449,26 @@ def test_status_says_how_it_fares(two, source):
 def test_peers_count_what_moved(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
-    eventually(lambda: b.path("m").exists(), 2)
+    eventually(lambda: b.path("m").exists())
     b.cli("pull", "m")
     size = 5 * MIB + 17
     [peer] = answer(b, "peers", "")["peers"]
     assert peer["node"] == a.name and peer["live"] and peer["received"] == size
     assert peer["verified"] == 6 and peer["corrupt"] == 0
     assert peer["address"] == a.status()["address"]
-    [peer] = eventually(lambda: [p for p in a.peers()["peers"] if p["sent"] == size], 3)
+    [peer] = eventually(lambda: [p for p in a.peers()["peers"] if p["sent"] == size])
     assert peer["node"] == b.name
     text = b.cli("peers", "").stdout
     assert re.search(rf"^{a.name}\s+127\.0\.0\.1:\d+\s+(live|connected)\s", text, re.MULTILINE)
     a.stop()
-    eventually(lambda: not b.peers()["peers"][0]["live"], 5)
+    eventually(lambda: not b.peers()["peers"][0]["live"])
     assert " gone " in b.cli("peers", "").stdout
 
 
 def test_metrics_are_prometheus_text(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
-    eventually(lambda: b.path("m").exists(), 2)
+    eventually(lambda: b.path("m").exists())
     b.cli("pull", "m")
     text = b.path(".p2pfs/metrics").read_text()
     types = dict(re.findall(r"^# TYPE (\w+) (gauge|counter)$", text, re.MULTILINE))
@@ -637,7 +636,7 @@ def test_many_requests_at_once(node, source):
 def test_unmounting_while_requests_wait(two):
     a, b = two
     write_file(a.path("big"), 64 * MIB, seed=3)
-    eventually(lambda: b.path("big").exists(), 2)
+    eventually(lambda: b.path("big").exists())
     a.pause()
     try:
         pulling = subprocess.Popen(
@@ -645,7 +644,7 @@ def test_unmounting_while_requests_wait(two):
         )
         time.sleep(0.5)
         b.stop()
-        assert pulling.wait(10) == 1
+        assert pulling.wait() == 1
     finally:
         a.resume()
     assert fuse.mounted_at(b.dir) is None

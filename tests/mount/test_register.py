@@ -28,7 +28,7 @@ def seen(node, name, content=None):
         path = node.path(name)
         return path.exists() and (content is None or path.read_bytes() == content)
 
-    eventually(there, 1.5, f"{name} on {node.name}")
+    eventually(there, what=f"{name} on {node.name}")
 
 
 def python(program, *arguments, **more):
@@ -81,7 +81,7 @@ def test_a_shell_group_writes_one_file(two, sh):
     assert a.xattr("f", "state") == "complete"
     seen(b, "f", b"a\nb\nc\n")
     sh(f"exec 3> {a.path('g')}; echo x >&3; (sleep 0.5; echo y >&3) & exec 3>&-; wait")
-    eventually(lambda: a.xattr("g", "state") == "complete", 2)
+    eventually(lambda: a.xattr("g", "state") == "complete")
     seen(b, "g", b"x\ny\n")
 
 
@@ -105,8 +105,8 @@ def test_a_child_inherits_it(two):
     os.close(fd)
     assert a.xattr("f", "state") == "writing"
     go(child)
-    assert child.wait(10) == 0
-    eventually(lambda: a.xattr("f", "state") == "complete", 2)
+    assert child.wait() == 0
+    eventually(lambda: a.xattr("f", "state") == "complete")
     seen(b, "f", b"parent child")
 
 
@@ -120,7 +120,7 @@ def test_a_mapping_that_outlives_the_descriptor(two):
     assert a.xattr("f", "state") == "writing"
     mapped[MIB - 4 :] = b"last"
     mapped.close()
-    eventually(lambda: a.xattr("f", "state") == "complete", 2)
+    eventually(lambda: a.xattr("f", "state") == "complete")
     seen(b, "f", b"first" + bytes(MIB - 9) + b"last")
 
 
@@ -131,7 +131,7 @@ def test_numpy_memmap(two):
     array[:] = numpy.arange(300_000, dtype="float32").reshape(1000, 300)
     array.flush()
     del array
-    eventually(lambda: a.xattr("f", "state") == "complete", 2)
+    eventually(lambda: a.xattr("f", "state") == "complete")
     seen(b, "f")
     there = numpy.memmap(b.path("f"), dtype="float32", mode="r", shape=(1000, 300))
     assert float(there[999, 299]) == 299_999
@@ -141,7 +141,7 @@ def test_numpy_memmap(two):
 
 
 def dropped(a, b, name):
-    eventually(lambda: not a.path(name).exists(), 2, f"{name} is gone")
+    eventually(lambda: not a.path(name).exists(), what=f"{name} is gone")
     time.sleep(0.3)
     assert not b.path(name).exists()
     assert name in a.log and "not registered" in a.log
@@ -164,7 +164,7 @@ def test_a_killed_writer_registers_nothing(two, number):
     ready(writer)
     assert a.path("f").read_bytes() == b"half"
     writer.send_signal(number)
-    writer.wait(10)
+    writer.wait()
     dropped(a, b, "f")
     a.path("f").write_bytes(b"whole")  # the name is free
     seen(b, "f", b"whole")
@@ -175,7 +175,7 @@ def test_a_writer_that_fails_registers_nothing(two):
     writer = python(WRITER, a.path("f"))
     ready(writer)
     go(writer)
-    assert writer.wait(10) == 3
+    assert writer.wait() == 3
     dropped(a, b, "f")
 
 
@@ -185,7 +185,7 @@ def test_cp_killed_in_the_middle(two):
     copy = subprocess.Popen(["cp", "--copy-contents", a.path("..", "fifo"), a.path("f")])
     with open(a.path("..", "fifo"), "wb") as source:
         source.write(bytes(3 * MIB))
-        eventually(lambda: a.path("f").stat().st_size > MIB, 5)
+        eventually(lambda: a.path("f").stat().st_size > MIB)
         copy.kill()
         copy.wait()
     dropped(a, b, "f")
@@ -197,7 +197,7 @@ def test_a_normal_exit_without_close_registers(two):
     writer = python(program, a.path("f"))
     ready(writer)
     go(writer)
-    assert writer.wait(10) == 0
+    assert writer.wait() == 0
     seen(b, "f", b"half")
 
 
@@ -209,10 +209,10 @@ def test_a_file_that_does_not_fit_registers_nothing(cluster):
             for _ in range(32):
                 out.write(bytes(MIB))
     assert caught.value.errno == errno.ENOSPC
-    eventually(lambda: not a.path("f").exists(), 2)
+    eventually(lambda: not a.path("f").exists())
     assert not b.path("f").exists()
     # the room comes back with the release, for which nobody waits
-    eventually(lambda: a.path("small").write_bytes(bytes(MIB)), 2)
+    eventually(lambda: a.path("small").write_bytes(bytes(MIB)))
     seen(b, "small")
 
 
@@ -266,7 +266,7 @@ def test_a_tree_in_place_costs_no_descriptor_when_its_readers_have_left(two, tmp
     b.cli("pull", "tree")
     for index in range(100):
         assert b.path(f"tree/{index}").read_bytes() == pattern(5000 + index, index)
-    eventually(lambda: len(os.listdir(f"/proc/{a.pid}/fd")) < before + 10, 5, "the files closed")
+    eventually(lambda: len(os.listdir(f"/proc/{a.pid}/fd")) < before + 10, what="the files closed")
 
 
 def test_links_that_cannot_be_registered(node, tmp_path):
@@ -346,8 +346,8 @@ def test_rm_unregisters_everywhere(two, sh):
         a.path(f"d/e/{index}").write_bytes(pattern(MIB, index))
     seen(b, "d/e/9", pattern(MIB, 9))
     sh(f"rm -r {b.path('d')}")
-    eventually(lambda: not a.path("d").exists(), 1.5)
-    eventually(lambda: os.statvfs(a.dir).f_blocks == 0, 5, "the bytes are dropped")
+    eventually(lambda: not a.path("d").exists())
+    eventually(lambda: os.statvfs(a.dir).f_blocks == 0, what="the bytes are dropped")
 
 
 def test_what_is_being_written_when_the_mount_ends(cluster):
