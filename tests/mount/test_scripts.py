@@ -3,7 +3,9 @@
 """The scripts that a newcomer runs first."""
 
 import filecmp
+import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -83,3 +85,30 @@ def test_quickstart_names_the_step_that_failed_and_leaves_nothing(mounts, tmp_pa
     assert "no mount today" in done.stderr
     assert "FAILED at: mount two nodes" in done.stderr
     assert os.listdir(tmp_path) == ["p2pfs"]
+
+
+@pytest.mark.limit(120)
+def test_bench_swarm_measures_hosts_with_links_of_their_own(mounts, tmp_path):
+    for program in ("nsenter", "tc", "redis-server"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed (scripts/bootstrap --bench)")
+    plot = tmp_path / "swarm.svg"
+    command = [
+        SCRIPTS / "bench", "--json", "--nodes", "1,2", "--size", "8M", "--rate", "400mbit", "--rounds", "1",
+        "--methods", "chain,p2pfs", "--plot", plot, "swarm",
+    ]  # fmt: skip
+    build = env.BINARY.parents[1]
+    done = subprocess.run(
+        command, env={**os.environ, "P2PFS_BUILD": str(build)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["swarm"]
+    assert [(row["nodes"], row["method"]) for row in rows] == [
+        (1, "chain"), (1, "p2pfs"), (2, "chain"), (2, "p2pfs")
+    ]  # fmt: skip
+    for row in rows:
+        (one,) = row["rounds"]
+        assert len(one["seconds"]) == row["nodes"]
+        assert row["last"] >= 0.9  # the links are capped
+        assert row["copies"] >= 0.99  # the bytes came from the first host
+    assert "p2pfs" in plot.read_text()

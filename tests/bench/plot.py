@@ -1,0 +1,74 @@
+"""A curve as SVG text, drawn by hand: no library, small enough for a README."""
+
+import math
+
+WIDTH, HEIGHT = 640, 400
+LEFT, RIGHT, TOP, BOTTOM = 60, 120, 40, 50
+COLOURS = {
+    "p2pfs": "#0b6e4f",
+    "chain": "#888888",
+    "aria2": "#c05621",
+    "libtorrent": "#b7791f",
+    "super": "#805ad5",
+    "http": "#c53030",
+}
+NAMES = {"chain": "relay chain", "http": "one HTTP server", "super": "super-seeding"}
+
+
+def _label(x, y, text, anchor="middle", more=""):
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"{more}>{text}</text>'
+
+
+def _spread(wanted, gap=15):
+    """Heights near the wanted ones, in their order, that labels do not overlap at."""
+    placed, last = {}, -gap
+    for name, y in sorted(wanted.items(), key=lambda pair: pair[1]):
+        last = placed[name] = max(y, last + gap)
+    return placed
+
+
+def curve(rows, title):
+    """The last host's time over size / rate, by the number of hosts, one line for each method."""
+    series = {}
+    for row in rows:
+        if row["last"]:
+            series.setdefault(row["method"], []).append((row["nodes"], row["last"]))
+    counts = sorted({n for points in series.values() for n, _ in points})
+    top = max([2.0] + [last for points in series.values() for _, last in points])
+    span = max(math.log2(counts[-1] / counts[0]), 1)
+
+    def x_of(nodes):
+        return LEFT + (WIDTH - LEFT - RIGHT) * math.log2(nodes / counts[0]) / span
+
+    def y_of(ratio):
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * math.log(max(ratio, 1)) / math.log(top)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _label(WIDTH / 2, 20, title, more=' font-size="14"'),
+        _label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, "hosts that fetch"),
+        _label(16, HEIGHT / 2, "last host done, over size / rate",
+               more=f' transform="rotate(-90 16 {HEIGHT // 2})"'),
+    ]  # fmt: skip
+    for ratio in (1, 1.25, 1.5, 2, 3, 4, 8, 16, 32, 64):
+        if ratio <= top * 1.01:
+            y = y_of(ratio)
+            out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+            out.append(_label(LEFT - 8, y + 4, f"{ratio:g}", "end"))
+    for count in counts:
+        out.append(_label(x_of(count), HEIGHT - BOTTOM + 18, count))
+    ends = _spread({name: y_of(points[-1][1]) for name, points in series.items()})
+    for name, points in series.items():
+        line = " ".join(f"{x_of(n):.1f},{y_of(last):.1f}" for n, last in points)
+        out.append(
+            f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>'
+        )
+        out.extend(
+            f'<circle cx="{x_of(n):.1f}" cy="{y_of(last):.1f}" r="3" fill="{COLOURS[name]}"/>'
+            for n, last in points
+        )
+        out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, NAMES.get(name, name), "start",
+                          f' fill="{COLOURS[name]}"'))  # fmt: skip
+    return "\n".join(out) + "\n</svg>\n"
