@@ -4,6 +4,7 @@
 
 #include <stdatomic.h>
 
+#include "engine/bucket.h"
 #include "engine/digest.h"
 #include "engine/engine.h"
 #include "engine/transport.h"
@@ -31,6 +32,7 @@ struct engine {
     struct cache *cache;
     struct work *work;
     struct peers *peers;
+    struct bucket upload, download; /* limits of all lanes together */
     struct lane *lanes[CORE_LANES_MAX];
     unsigned lane_count;
     char address[TRANSPORT_NAME_MAX + 1];

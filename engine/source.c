@@ -16,9 +16,10 @@
 #define SOURCE_WINDOW_END     (8u << 20) /* bytes in flight at a source, however little is left */
 #define SOURCE_POPULATE_STEP  (2u << 20) /* a huge page */
 #define SOURCE_POPULATE_AHEAD (1u << 20) /* what may land before the lane hears of it */
-#define SOURCE_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
-#define SOURCE_STALLED_NS     5000000000ull /* and leave the source alone for so long */
-#define SOURCE_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
+#define SOURCE_STALL_NS       1500000000ull  /* no byte of a shard for so long: ask somebody else */
+#define SOURCE_STARVED_NS     20000000000ull /* the same, though others of that source move */
+#define SOURCE_STALLED_NS     5000000000ull  /* and leave the source alone for so long */
+#define SOURCE_AGAIN_NS       4000000000ull  /* where there is nobody else, ask it once more */
 
 /* One peer as a source of one version, on one lane. */
 struct source {
@@ -31,6 +32,7 @@ struct source {
     uint8_t *staged; /* its list of digests so far, until it is whole and proven */
     uint32_t staged_count;
     uint32_t inflight;
+    uint64_t progress_ns; /* any shard's byte came */
     uint64_t busy_until_ns;
     uint64_t stalled_until_ns;
     struct source *prev, *next;
@@ -288,6 +290,7 @@ static void fill_landed(struct request *request)
     struct fill *fill = fill_of(request);
     uint64_t now = loop_now_ns(fill->source->pull->lane->loop);
     fill->progress_ns = now;
+    fill->source->progress_ns = now;
     fill->source->pull->replica->progress_ns = now;
     digest_shard_advance(&fill->hash, request->fetch.landed);
     (void)fill_populate(fill); /* a failure shows when the bytes come */
@@ -615,7 +618,10 @@ void source_tick(struct pull *pull, uint64_t now_ns)
     struct fill *next;
     DL_FOREACH_SAFE(pull->fills, fill, next) {
         struct source *source = fill->source;
-        if (now_ns - fill->progress_ns < SOURCE_STALL_NS) {
+        /* On a slow link a shard may have to wait for those before it. */
+        uint64_t quiet_ns = now_ns - fill->progress_ns;
+        if (quiet_ns < SOURCE_STALL_NS ||
+            (now_ns - source->progress_ns < SOURCE_STALL_NS && quiet_ns < SOURCE_STARVED_NS)) {
             continue;
         }
         bool other = false;
