@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "engine/bucket.h"
 #include "engine/digest.h"
 #include "engine/engine.h"
 #include "engine/slots.h"
@@ -35,6 +36,7 @@ struct engine {
     struct cache *cache;
     struct work *work;
     struct peers *peers;
+    struct bucket upload, download; /* limits of all lanes together */
     struct lane *lanes[CORE_LANES_MAX];
     unsigned lane_count;
     char address[TRANSPORT_NAME_MAX + 1];

@@ -172,6 +172,8 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     if (status < 0) {
         goto close_peers;
     }
+    bucket_open(&e->upload, config->max_upload);
+    bucket_open(&e->download, config->max_download);
     status = lanes_open(e, error);
     for (unsigned i = 0; status == 0 && i < e->lane_count; i++) {
         status = lane_start(e->lanes[i]);
@@ -189,6 +191,8 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
 
 close_lanes:
     lanes_close(e);
+    bucket_close(&e->download);
+    bucket_close(&e->upload);
     work_close(e->work);
 close_peers:
     peers_close(e->peers);
@@ -238,6 +242,8 @@ void engine_close(struct engine *engine)
     work_close(engine->work);
     cache_close(engine->cache);
     lanes_close(engine);
+    bucket_close(&engine->download);
+    bucket_close(&engine->upload);
     peers_close(engine->peers);
     storage_close(engine->storage);
     config_free(&engine->config);
@@ -470,6 +476,12 @@ int engine_register_tree(struct engine *engine, const char *path, uint64_t paren
 
 /* ---- control ---- */
 
+void engine_limits_set(struct engine *engine, uint64_t max_upload, uint64_t max_download)
+{
+    bucket_rate_set(&engine->upload, max_upload);
+    bucket_rate_set(&engine->download, max_download);
+}
+
 int engine_pull(struct engine *engine, const struct model_id *version)
 {
     struct replica *replica = NULL;
@@ -635,7 +647,9 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
 {
     struct core_counters *c = &engine->counters;
     *out =
-        (struct engine_stats){.pulls_running = (uint64_t)atomic_load(&c->pulls_running),
+        (struct engine_stats){.max_upload = bucket_rate(&engine->upload),
+                              .max_download = bucket_rate(&engine->download),
+                              .pulls_running = (uint64_t)atomic_load(&c->pulls_running),
                               .readers_waiting = (uint64_t)atomic_load(&c->readers_waiting),
                               .grants_open = (uint64_t)atomic_load(&c->grants_open),
                               .bytes_received = atomic_load(&c->bytes_received),

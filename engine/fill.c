@@ -9,10 +9,11 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define FILL_POPULATE_STEP  (2u << 20)    /* a huge page */
-#define FILL_POPULATE_AHEAD (1u << 20)    /* what may land before the lane hears of it */
-#define FILL_MOVE_NS        100000000ull  /* what waits for so long may be had elsewhere */
-#define FILL_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
+#define FILL_POPULATE_STEP  (2u << 20)     /* a huge page */
+#define FILL_POPULATE_AHEAD (1u << 20)     /* what may land before the lane hears of it */
+#define FILL_MOVE_NS        100000000ull   /* what waits for so long may be had elsewhere */
+#define FILL_STALL_NS       1500000000ull  /* no byte of a shard for so long: ask somebody else */
+#define FILL_STARVED_NS     20000000000ull /* the same, though others of that source move */
 #define FILL_LEFT_NS        5000000000ull /* and leave the source alone for so long, or a multiple */
 #define FILL_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
 
@@ -188,6 +189,7 @@ static void fill_landed(struct request *request)
     struct fill *fill = fill_of(request);
     uint64_t now = now_of(fill);
     fill->progress_ns = now;
+    fill->source->progress_ns = now;
     fill->source->pull->replica->progress_ns = now;
     digest_shard_advance(&fill->hash, request->fetch.landed);
     (void)fill_populate(fill); /* a failure shows when the bytes come */
@@ -326,7 +328,10 @@ static bool fill_stalled(struct fill *fill, uint64_t now_ns)
     uint64_t still = now_ns - fill->progress_ns;
     struct supplier *supplier = fill->source->attachment.supplier;
     bool silent = now_ns - supplier_heard_ns(supplier) > FILL_STALL_NS;
-    if (still < FILL_STALL_NS || (!fill->granted_ns && !silent && still < FILL_AGAIN_NS)) {
+    /* On a slow link a shard may have to wait for those before it. */
+    bool moves = now_ns - fill->source->progress_ns < FILL_STALL_NS;
+    if (still < FILL_STALL_NS || (moves && still < FILL_STARVED_NS) ||
+        (!fill->granted_ns && !silent && still < FILL_AGAIN_NS)) {
         return false; /* who waits for his turn and hears from there is not stalled */
     }
     bool other = fill->twin || source_other(fill, now_ns);

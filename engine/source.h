@@ -44,9 +44,10 @@ struct source {
     uint64_t refill_ns; /* when the gaps end; 0: there are none */
     uint8_t *staged;    /* its list of digests so far, until it is whole and proven */
     uint32_t staged_count;
-    uint32_t inflight; /* fills */
-    uint32_t waiting;  /* of which not granted yet */
-    uint32_t failures; /* in a row */
+    uint32_t inflight;    /* fills */
+    uint32_t waiting;     /* of which not granted yet */
+    uint32_t failures;    /* in a row */
+    uint64_t progress_ns; /* any shard's byte came */
     uint64_t busy_until_ns;
     struct source *prev, *next;
 };

@@ -309,6 +309,7 @@ int supplier_ask(struct attachment *attachment, struct request *request)
     request->attachment = attachment;
     request->fetching = false;
     request->fetch.id = s->next_request;
+    request->fetch.urgent = request->urgent;
     request->fetch.landed = 0;
     struct wire_message ask = {.type = WIRE_ASK,
                                .handle = attachment->handle,
