@@ -33,7 +33,6 @@ struct engine_config {
     enum model_digest digest;
     bool fetch_whole; /* a read starts the pull of the whole file, not only of the shards touched */
     uint32_t read_timeout_ms;              /* without any progress */
-    uint64_t max_upload, max_download;     /* bytes of shards a second, 0: no limit; see bucket.h */
     const struct handshake_secret *secret; /* borrowed; length 0: none */
     unsigned lanes;                        /* 0: the default */
     const char
@@ -83,6 +82,11 @@ bool engine_read_cancel(struct engine *engine, struct engine_waiter *waiter);
  * May wait for a local disk, not for anything else. */
 int engine_bytes(struct engine *engine, struct replica *replica, uint64_t offset, size_t length,
                  void *scratch, const void **bytes);
+/* A descriptor of all the bytes of a replica that is open here, for the kernel to read and map them by itself; the
+ * engine's, valid while the replica is open. From the first call on its pages are never filled with others, because a
+ * mapping may outlive everything that is known of it. -EAGAIN: not complete, empty, or a draft; -EIO: registered in
+ * place, and the local file has changed. May wait for a local disk. */
+int engine_lend(struct engine *engine, struct replica *replica, int *fd);
 
 /* ---- writing ---- */
 
@@ -116,9 +120,6 @@ int engine_register_tree(struct engine *engine, const char *path, uint64_t paren
                          unsigned flags, catalog_done done, void *arg);
 
 /* ---- control ---- */
-
-/* New limits, as in engine_config; they count within BUCKET_WAIT_NS. */
-void engine_limits_set(struct engine *engine, uint64_t max_upload, uint64_t max_download);
 
 /* Starts to pull the whole file in the background. Idempotent. -ENOENT, -ENOSPC, -ENOMEM. */
 int engine_pull(struct engine *engine, const struct model_id *version);
@@ -180,13 +181,10 @@ int engine_peers(struct engine *engine, struct engine_peer **out, size_t *count)
 
 struct engine_stats { /* gauges, then counters since the mount */
     uint64_t cache_limit, cache_used;
-    uint64_t max_upload, max_download;
     uint64_t replicas, replicas_complete, pulls_running, readers_waiting, grants_open;
     uint64_t bytes_received, bytes_served, bytes_written;
     uint64_t shards_fetched, shards_served, shards_corrupt, shards_failed;
     uint64_t reads_hit, reads_waited, reads_failed, pulls_completed, evictions;
-    uint64_t asks_refused;   /* peers' asks that were answered with BUSY */
-    uint64_t shards_hedged;  /* asked of a second peer, since the first was slow */
     uint64_t links_refused;  /* handshakes that failed */
     const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
     const char *storage_why; /* why not huge tmpfs, or "" */

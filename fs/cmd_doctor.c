@@ -136,11 +136,12 @@ static void check_kernel(struct doctor *doctor)
     int major = 0, minor = 0;
     if (uname(&name) == 0 && sscanf(name.release, "%d.%d", &major, &minor) == 2 &&
         (major > 6 || (major == 6 && minor >= 9)))
-        find(doctor, GOOD, "kernel", NULL,
-             "%s, new enough for FUSE passthrough (this version reads buffered)", name.release);
+        find(doctor, GOOD, "kernel", NULL, "%s, new enough for FUSE passthrough%s", name.release,
+             P2PFS_HAVE_PASSTHROUGH ? "" : " (this p2pfs was built with a libfuse before 3.17)");
     else
-        find(doctor, GOOD, "kernel", NULL,
-             "%s, too old for FUSE passthrough, which this version does not use", name.release);
+        find(doctor, WARN, "kernel", "Linux 6.9 or later",
+             "%s, too old for FUSE passthrough: reads are slower and keep a second copy",
+             name.release);
     find(doctor, GOOD, "libfuse", NULL, "%s", fuse_pkgversion());
 }
 

@@ -6,6 +6,7 @@
 
 #include "engine/transport.h"
 #include "fs/control_parts.h"
+#include "fs/through.h"
 #include "meta/base/util.h"
 #include "p2pfs_config.h"
 
@@ -74,8 +75,6 @@ static void status_engine(const struct house *house, struct json_out *out)
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
     json_put_u64(out, "cache_limit", stats.cache_limit);
-    json_put_u64(out, "max_upload", stats.max_upload);
-    json_put_u64(out, "max_download", stats.max_download);
     json_put_u64(out, "replicas", stats.replicas);
     json_put_u64(out, "replicas_complete", stats.replicas_complete);
     json_put_u64(out, "pulls_running", stats.pulls_running);
@@ -92,7 +91,11 @@ static void status_engine(const struct house *house, struct json_out *out)
             json_put_text(out, NULL, transports[i]);
     json_end(out);
     json_put_text(out, "fetch", house->options.fetch_whole ? "whole" : "demand");
-    json_put_text(out, "io_path", "buffered");
+    struct through_status through;
+    through_status(house->through, &through);
+    json_put_text(out, "io_path", through.enabled ? "passthrough" : "buffered");
+    json_put_text(out, "io_path_why", through.why);
+    json_put_u64(out, "passthrough_opens", through.opens);
 }
 
 void control_status_put(struct control *control, struct json_out *out)

@@ -15,6 +15,7 @@
 struct inodes;
 struct fresh_files;
 struct parking;
+struct through;
 struct reports;
 struct lists;
 struct control;
@@ -28,6 +29,7 @@ struct house {
     struct inodes *inodes;
     struct fresh_files *fresh; /* being written on this node */
     struct parking *parking;   /* reads that wait */
+    struct through *through;   /* files that the kernel reads by itself */
     struct reports *reports;   /* files of .p2pfs that are open */
     struct lists *lists;       /* directories that are open */
     struct control *control;

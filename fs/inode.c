@@ -116,6 +116,10 @@ int inode_get(struct inodes *inodes, const struct model_entry *entry, struct ino
 
     pthread_mutex_lock(&inodes->lock);
     struct inode *inode = entry->id == MODEL_ROOT ? &inodes->root : table_find(inodes, &key);
+    if (inode != NULL && atomic_load(&inode->io.twin_wanted)) {
+        key.twin = 1;
+        inode = table_find(inodes, &key);
+    }
     if (inode == NULL) {
         inode = calloc(1, sizeof(*inode));
         if (inode == NULL) {

@@ -7,6 +7,7 @@
 #ifndef P2PFS_FS_INODE_H
 #define P2PFS_FS_INODE_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
@@ -32,6 +33,14 @@ enum inode_kind {
 struct inode_key {
     uint64_t id;
     struct model_id version; /* zeros but for files */
+    uint64_t twin;           /* 1: the second nodeid of a file; see through.h */
+};
+
+/* What is open on a nodeid, for through.c, whose lock guards it. */
+struct inode_io {
+    unsigned buffered, through; /* handles */
+    int backing;             /* the kernel's name for the file that `through` ones read; 0: none */
+    atomic_bool twin_wanted; /* lookups get the twin; read without the lock */
 };
 
 /* All but what is marked is constant from birth. */
@@ -48,6 +57,7 @@ struct inode {
     struct model_attr attr; /* as last seen */
     uint64_t size;
     bool gone; /* no name leads here any more */
+    struct inode_io io;
     UT_hash_handle hh;
 };
 

@@ -29,6 +29,7 @@
 #include "fs/read.h"
 #include "fs/report.h"
 #include "fs/session.h"
+#include "fs/through.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 #include "meta/meta.h"
@@ -166,8 +167,6 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .digest = options->digest,
                                    .fetch_whole = options->fetch_whole,
                                    .read_timeout_ms = options->read_timeout_s * 1000u,
-                                   .max_upload = options->max_upload,
-                                   .max_download = options->max_download,
                                    .secret = &secret,
                                    .exclude_dir = house->mountpoint};
     char *why = NULL;
@@ -200,6 +199,8 @@ static int open_files(struct house *house, const struct model_attr *root)
         rc = fresh_files_open(house, &house->fresh);
     if (rc == 0)
         rc = parking_open(house, &house->parking);
+    if (rc == 0)
+        rc = through_open(&house->through);
     if (rc == 0)
         rc = reports_open(&house->reports);
     if (rc == 0)
@@ -240,6 +241,7 @@ static void quiet_files(struct house *house)
     pthread_mutex_unlock(&house->gate);
     work_close(notices);
     parking_close(house->parking);
+    through_close(house->through);
 }
 
 /* Before it serves, somebody may wait for this process to go on by itself. */

@@ -10,6 +10,7 @@
 #include "fs/fresh.h"
 #include "fs/reply.h"
 #include "fs/report.h"
+#include "fs/through.h"
 #include "fs/write.h"
 #include "meta/base/util.h"
 
@@ -60,7 +61,7 @@ void parking_close(struct parking *parking)
     if (parking == NULL)
         return;
     while (parking->handles != NULL)
-        read_handle_free(parking->house, parking->handles);
+        read_handle_free(parking->house, parking->handles, NULL);
     pthread_cond_destroy(&parking->empty);
     pthread_mutex_destroy(&parking->lock);
     free(parking);
@@ -92,6 +93,7 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
     if (handle->writes)
         handle->opener = closer_process(caller->pid);
     inode_hold(house->inodes, inode);
+    through_enter(house, handle);
     pthread_mutex_lock(&house->parking->lock);
     DL_APPEND(house->parking->handles, handle);
     pthread_mutex_unlock(&house->parking->lock);
@@ -99,11 +101,12 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
     return 0;
 }
 
-void read_handle_free(struct house *house, struct handle *handle)
+void read_handle_free(struct house *house, struct handle *handle, fuse_req_t req)
 {
     pthread_mutex_lock(&house->parking->lock);
     DL_DELETE(house->parking->handles, handle);
     pthread_mutex_unlock(&house->parking->lock);
+    through_leave(house, handle, req);
     if (handle->draft)
         fresh_close(house, handle->inode, handle->writes);
     else
@@ -150,19 +153,20 @@ void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
         rc = read_handle_new(house, inode, fuse_req_ctx(req), fi->flags & ~O_CREAT, &handle);
     if (rc == 0 && (fi->flags & O_TRUNC) != 0) {
         rc = fresh_truncate(house, inode, 0);
-        if (rc != 0)
-            read_handle_free(house, handle);
-    }
-    if (rc != 0) {
-        reply_status(req, rc);
-        return;
     }
     fi->fh = (uintptr_t)handle;
     fi->keep_cache =
         1; /* a version's bytes never change, and a draft's change through the kernel only */
-    fi->noflush = !handle->writes;
-    if (fuse_reply_open(req, fi) != 0)
-        read_handle_free(house, handle);
+    fi->noflush = handle != NULL && !handle->writes;
+    if (rc == 0)
+        rc = through_try(req, house, handle, fi);
+    if (rc != 0) {
+        if (handle != NULL)
+            read_handle_free(house, handle, req);
+        reply_status(req, rc);
+    } else if (fuse_reply_open(req, fi) != 0) {
+        read_handle_free(house, handle, NULL);
+    }
 }
 
 void read_release(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
@@ -172,7 +176,7 @@ void read_release(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
     if (inode->kind == INODE_REPORT)
         report_release(house, fi);
     else
-        read_handle_free(house, (struct handle *)(uintptr_t)fi->fh);
+        read_handle_free(house, (struct handle *)(uintptr_t)fi->fh, req);
     reply_status(req, 0);
 }
 

@@ -17,6 +17,7 @@ struct handle {
     bool draft;    /* opened while it was one: the draft owns the replica, else the handle does */
     bool writes;   /* counts as a writer of its draft */
     bool mappable; /* opened for reading and writing: a shared mapping may write */
+    bool through;  /* the kernel reads it by itself; through.c's */
     pid_t opener;  /* process */
     struct replica *replica;
     struct report *report; /* files of .p2pfs */
@@ -33,7 +34,8 @@ void parking_close(struct parking *parking); /* NULL is harmless */
  * errno. */
 int read_handle_new(struct house *house, struct inode *inode, const struct fuse_ctx *caller,
                     int flags, struct handle **out);
-void read_handle_free(struct house *house, struct handle *handle);
+/* req: its release; NULL: it was never opened, or the mount ends. */
+void read_handle_free(struct house *house, struct handle *handle, fuse_req_t req);
 
 void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi);
 void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,

@@ -18,6 +18,7 @@
 #include "fs/list.h"
 #include "fs/mountpoint.h"
 #include "fs/read.h"
+#include "fs/through.h"
 #include "fs/write.h"
 #include "fs/xattr.h"
 #include "meta/base/log.h"
@@ -42,7 +43,8 @@ static void take_log(enum fuse_log_level level, const char *format, va_list argu
 {
     vsnprintf(complaint, sizeof(complaint), format, arguments);
     complaint[strcspn(complaint, "\n")] = '\0';
-    if (level <= FUSE_LOG_ERR && mounted)
+    /* What became of an attempt to lend a file to the kernel, through.c says. */
+    if (level <= FUSE_LOG_ERR && mounted && strstr(complaint, "passthrough") == NULL)
         log_error("libfuse: %s", complaint);
     else
         log_debug("libfuse: %s", complaint);
@@ -210,6 +212,7 @@ static void session_init(void *arg, struct fuse_conn_info *conn)
     want(conn, FUSE_CAP_HANDLE_KILLPRIV_V2,
          true); /* or each write asks for security.capability first */
 #endif
+    through_begin(house->through, conn);
     struct ready *ready = calloc(1, sizeof(*ready));
     if (ready == NULL) {
         fuse_session_exit(house->session);

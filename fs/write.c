@@ -55,7 +55,7 @@ void write_create(fuse_req_t req, fuse_ino_t nodeid, const char *name, mode_t mo
     fi->keep_cache = 1;
     if (reply_created(req, inode, fi) != 0) {
         fresh_unlink(house, parent->key.id, name); /* whoever wanted it is gone */
-        read_handle_free(house, handle);
+        read_handle_free(house, handle, NULL);
     }
 }
 

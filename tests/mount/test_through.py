@@ -1,0 +1,200 @@
+"""Complete files are read by the kernel alone (FUSE passthrough): who gets it, what stays of it, what ends it."""
+
+# ctest: timeout=300
+
+import ctypes
+import errno
+import mmap
+import os
+
+import pytest
+from harness.data import pattern
+from harness.node import run_p2pfs
+from harness.wait import eventually
+
+MIB = 1 << 20
+SIZE = 24 * MIB + 4321
+
+
+@pytest.fixture
+def through(two):
+    """Two nodes whose kernel reads complete files by itself."""
+    for node in two:
+        status = node.status()
+        if status["io_path"] != "passthrough":
+            pytest.skip(f"no FUSE passthrough here: {status['io_path_why']}")
+    return two
+
+
+def opens(node):
+    return node.status()["passthrough_opens"]
+
+
+def mapped(file):
+    return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+
+
+def mapped_alone(path, size):
+    """A mapping without a descriptor beside it, which Python's mmap would keep; it stays for good."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
+    with open(path, "rb") as file:
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    return (ctypes.c_char * size).from_address(address)
+
+
+def test_complete_files_are_read_through_in_every_way(through, tmp_path):
+    a, b = through
+    data = pattern(SIZE, 1)
+    a.path("f").write_bytes(data)
+    assert a.path("f").read_bytes() == data
+    assert opens(a) == 1
+    run_p2pfs("pull", b.path("f"))
+    with open(b.path("f"), "rb", buffering=0) as file:
+        assert opens(b) == 1
+        hits = b.status()["bytes_received"]
+        assert os.pread(file.fileno(), 100, SIZE - 50) == data[-50:]
+        assert os.pread(file.fileno(), 100, SIZE) == b""
+        assert mapped(file)[:] == data
+        private = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+        private[:4] = b"mine"
+        assert os.pread(file.fileno(), 4, 0) == data[:4]
+        with open(tmp_path / "copy", "wb", buffering=0) as copy:
+            while os.sendfile(copy.fileno(), file.fileno(), None, MIB):
+                pass
+        assert (tmp_path / "copy").read_bytes() == data
+        assert b.status()["bytes_received"] == hits
+    assert b.path("f").stat().st_size == SIZE
+
+
+def test_direct_reads_go_through(through):
+    a, _ = through
+    data = pattern(4 * MIB, 2)
+    a.path("f").write_bytes(data)
+    file = os.open(a.path("f"), os.O_RDONLY | os.O_DIRECT)
+    room = mmap.mmap(-1, MIB)
+    try:
+        assert os.preadv(file, [room], MIB) == MIB
+        assert room[:] == data[MIB : 2 * MIB]
+    finally:
+        os.close(file)
+    assert opens(a) == 1
+
+
+def test_who_held_an_arriving_file_goes_on_while_newcomers_read_through(through):
+    a, b = through
+    data = pattern(SIZE, 3)
+    a.path("f").write_bytes(data)
+    with open(b.path("f"), "rb") as early:
+        assert early.read(10) == data[:10]
+        early_map = mapped(early)
+        run_p2pfs("wait", "--complete", b.path("f"))
+        assert opens(b) == 0
+        with open(b.path("f"), "rb") as late:
+            assert opens(b) == 1
+            assert os.fstat(late.fileno()).st_ino == os.fstat(early.fileno()).st_ino
+            assert late.read() == data
+            assert mapped(late)[:] == data
+            # without a name to look up there is no second nodeid to go to
+            with open(f"/proc/self/fd/{early.fileno()}", "rb") as again:
+                assert again.read() == data
+            assert early.read() == data[10:]
+            assert early_map[:] == data
+        early_map.close()
+    assert b.path("f").read_bytes() == data
+    assert opens(b) >= 2
+
+
+def test_a_mapping_keeps_its_bytes_when_the_copy_is_evicted_and_the_memory_needed(through):
+    a, b = through
+    size = 66 * MIB  # of the size that storage keeps for the next replica
+    first, second = pattern(size, 4), pattern(size, 5)
+    a.path("first").write_bytes(first)
+    a.path("second").write_bytes(second)
+    run_p2pfs("pull", b.path("first"))
+    kept = mapped_alone(b.path("first"), size)
+    run_p2pfs("evict", b.path("first"))
+    assert b.path("second").read_bytes() == second
+    assert kept.raw == first
+
+
+def test_a_mapping_outlives_a_killed_daemon(through):
+    a, b = through
+    data = pattern(SIZE, 6)
+    a.path("f").write_bytes(data)
+    run_p2pfs("pull", b.path("f"))
+    with open(b.path("f"), "rb", buffering=0) as file:
+        kept = mapped(file)
+        b.kill9()
+        assert kept[:] == data
+        assert os.pread(file.fileno(), 10, 100) == data[100:110]
+    kept.close()
+
+
+def test_unlinking_leaves_the_open_file_and_its_mapping(through):
+    a, b = through
+    data = pattern(SIZE, 7)
+    a.path("f").write_bytes(data)
+    run_p2pfs("pull", b.path("f"))
+    with open(b.path("f"), "rb") as file:
+        kept = mapped(file)
+        a.path("f").unlink()
+        eventually(lambda: not b.path("f").exists(), what="the name is gone on b")
+        assert file.read() == data
+    assert kept[:] == data
+    kept.close()
+
+
+def test_a_file_in_place_is_read_through_until_it_changes(through, tmp_path):
+    a, _ = through
+    data = pattern(SIZE, 8)
+    (tmp_path / "local").write_bytes(data)
+    a.path("f").symlink_to(tmp_path / "local")
+    assert a.path("f").read_bytes() == data
+    assert opens(a) == 1
+    with open(tmp_path / "local", "r+b") as local:
+        local.write(b"changed")
+    with open(a.path("f"), "rb", buffering=0) as file, pytest.raises(OSError) as caught:
+        file.read(10)
+    assert caught.value.errno == errno.EIO
+    assert opens(a) == 1
+
+
+def test_what_is_read_through_cannot_be_written(through):
+    a, b = through
+    a.path("f").write_bytes(pattern(MIB, 9))
+    run_p2pfs("pull", b.path("f"))
+    with open(b.path("f"), "rb") as file:
+        for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_TRUNC):
+            with pytest.raises(OSError) as caught:
+                os.open(b.path("f"), flags)
+            assert caught.value.errno == errno.EPERM
+        with pytest.raises((PermissionError, ValueError)):
+            mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_WRITE)
+
+
+def test_files_being_written_are_not_its_business(through):
+    a, _ = through
+    with open(a.path("f"), "w+b") as file:
+        file.write(b"being written")
+        file.flush()
+        assert a.path("f").read_bytes() == b"being written"
+    assert opens(a) == 0
+    assert a.path("f").read_bytes() == b"being written"
+    assert opens(a) == 1
+
+
+def test_it_can_be_turned_off(two):
+    a, b = two
+    b.env["P2PFS_NO_PASSTHROUGH"] = "1"
+    b.restart()
+    data = pattern(SIZE, 10)
+    a.path("f").write_bytes(data)
+    eventually(b.path("f").exists, what="f on b")
+    run_p2pfs("pull", b.path("f"))
+    assert b.path("f").read_bytes() == data
+    status = b.status()
+    assert (status["io_path"], status["passthrough_opens"]) == ("buffered", 0)
+    assert "P2PFS_NO_PASSTHROUGH" in status["io_path_why"]
