@@ -60,8 +60,9 @@ void parking_close(struct parking *parking)
 {
     if (parking == NULL)
         return;
-    while (parking->handles != NULL)
-        read_handle_free(parking->house, parking->handles, NULL);
+    struct handle *handle, *next;
+    DL_FOREACH_SAFE(parking->handles, handle, next)
+        read_handle_free(parking->house, handle, NULL);
     pthread_cond_destroy(&parking->empty);
     pthread_mutex_destroy(&parking->lock);
     free(parking);
