@@ -2,10 +2,13 @@
 #ifndef P2PFS_ENGINE_CORE_H
 #define P2PFS_ENGINE_CORE_H
 
+#include <pthread.h>
 #include <stdatomic.h>
 
+#include "engine/bucket.h"
 #include "engine/digest.h"
 #include "engine/engine.h"
+#include "engine/slots.h"
 #include "engine/transport.h"
 #include "engine/work.h"
 
@@ -20,6 +23,8 @@ struct core_counters {
     atomic_ullong bytes_received, bytes_served, bytes_written;
     atomic_ullong shards_fetched, shards_served, shards_corrupt, shards_failed;
     atomic_ullong reads_hit, reads_waited, reads_failed, pulls_completed, evictions, links_refused;
+    atomic_ullong asks_refused;  /* answered with BUSY */
+    atomic_ullong shards_hedged; /* asked twice */
     atomic_llong grants_open, pulls_running, readers_waiting;
 };
 
@@ -31,10 +36,13 @@ struct engine {
     struct cache *cache;
     struct work *work;
     struct peers *peers;
+    struct bucket upload, download; /* limits of all lanes together */
     struct lane *lanes[CORE_LANES_MAX];
     unsigned lane_count;
     char address[TRANSPORT_NAME_MAX + 1];
     struct core_counters counters;
+    pthread_mutex_t slots_lock;
+    struct slots slots; /* slots_lock: uploads of all lanes */
     atomic_bool closing;
     atomic_uint
         background; /* jobs and catalog calls of ours under way; engine_close waits for them */

@@ -148,6 +148,8 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     if (status < 0) {
         goto free_engine;
     }
+    pthread_mutex_init(&e->slots_lock, NULL);
+    e->slots = slots_new();
     e->digest = digest_by_kind(config->digest);
     e->transport = transport_by_name(config->transport);
     if (!e->digest || !e->transport) {
@@ -170,6 +172,8 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     if (status < 0) {
         goto close_peers;
     }
+    bucket_open(&e->upload, config->max_upload);
+    bucket_open(&e->download, config->max_download);
     status = lanes_open(e, error);
     for (unsigned i = 0; status == 0 && i < e->lane_count; i++) {
         status = lane_start(e->lanes[i]);
@@ -187,6 +191,8 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
 
 close_lanes:
     lanes_close(e);
+    bucket_close(&e->download);
+    bucket_close(&e->upload);
     work_close(e->work);
 close_peers:
     peers_close(e->peers);
@@ -236,6 +242,8 @@ void engine_close(struct engine *engine)
     work_close(engine->work);
     cache_close(engine->cache);
     lanes_close(engine);
+    bucket_close(&engine->download);
+    bucket_close(&engine->upload);
     peers_close(engine->peers);
     storage_close(engine->storage);
     config_free(&engine->config);
@@ -483,6 +491,12 @@ int engine_register_tree(struct engine *engine, const char *path, uint64_t paren
 
 /* ---- control ---- */
 
+void engine_limits_set(struct engine *engine, uint64_t max_upload, uint64_t max_download)
+{
+    bucket_rate_set(&engine->upload, max_upload);
+    bucket_rate_set(&engine->download, max_download);
+}
+
 int engine_pull(struct engine *engine, const struct model_id *version)
 {
     struct replica *replica = NULL;
@@ -648,7 +662,9 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
 {
     struct core_counters *c = &engine->counters;
     *out =
-        (struct engine_stats){.pulls_running = (uint64_t)atomic_load(&c->pulls_running),
+        (struct engine_stats){.max_upload = bucket_rate(&engine->upload),
+                              .max_download = bucket_rate(&engine->download),
+                              .pulls_running = (uint64_t)atomic_load(&c->pulls_running),
                               .readers_waiting = (uint64_t)atomic_load(&c->readers_waiting),
                               .grants_open = (uint64_t)atomic_load(&c->grants_open),
                               .bytes_received = atomic_load(&c->bytes_received),
@@ -663,6 +679,8 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
                               .reads_failed = atomic_load(&c->reads_failed),
                               .pulls_completed = atomic_load(&c->pulls_completed),
                               .evictions = atomic_load(&c->evictions),
+                              .asks_refused = atomic_load(&c->asks_refused),
+                              .shards_hedged = atomic_load(&c->shards_hedged),
                               .links_refused = atomic_load(&c->links_refused),
                               .storage = storage_kind(engine->storage),
                               .storage_why = storage_why(engine->storage),

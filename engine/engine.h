@@ -33,6 +33,7 @@ struct engine_config {
     enum model_digest digest;
     bool fetch_whole; /* a read starts the pull of the whole file, not only of the shards touched */
     uint32_t read_timeout_ms;              /* without any progress */
+    uint64_t max_upload, max_download;     /* bytes of shards a second, 0: no limit; see bucket.h */
     const struct handshake_secret *secret; /* borrowed; length 0: none */
     unsigned lanes;                        /* 0: the default */
     const char
@@ -121,6 +122,9 @@ int engine_register_tree(struct engine *engine, const char *path, uint64_t paren
 
 /* ---- control ---- */
 
+/* New limits, as in engine_config; they count within BUCKET_WAIT_NS. */
+void engine_limits_set(struct engine *engine, uint64_t max_upload, uint64_t max_download);
+
 /* Starts to pull the whole file in the background. Idempotent. -ENOENT, -ENOSPC, -ENOMEM. */
 int engine_pull(struct engine *engine, const struct model_id *version);
 /* Drops this node's copy: withdraws it, waits for peers that read it, frees it. -EBUSY: open here, or (without `force`)
@@ -181,10 +185,13 @@ int engine_peers(struct engine *engine, struct engine_peer **out, size_t *count)
 
 struct engine_stats { /* gauges, then counters since the mount */
     uint64_t cache_limit, cache_used;
+    uint64_t max_upload, max_download;
     uint64_t replicas, replicas_complete, pulls_running, readers_waiting, grants_open;
     uint64_t bytes_received, bytes_served, bytes_written;
     uint64_t shards_fetched, shards_served, shards_corrupt, shards_failed;
     uint64_t reads_hit, reads_waited, reads_failed, pulls_completed, evictions;
+    uint64_t asks_refused;   /* peers' asks that were answered with BUSY */
+    uint64_t shards_hedged;  /* asked of a second peer, since the first was slow */
     uint64_t links_refused;  /* handshakes that failed */
     const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
     const char *storage_why; /* why not huge tmpfs, or "" */

@@ -59,7 +59,9 @@ int lane_open(struct engine *engine, unsigned index, struct lane **lane)
     if (status < 0) {
         goto free_lane;
     }
-    struct transport_config config = {.congestion = engine->config.congestion};
+    struct transport_config config = {.congestion = engine->config.congestion,
+                                      .upload = &engine->upload,
+                                      .download = &engine->download};
     status = engine->transport->open(l->loop, &config, &lane_events, l, &l->transport);
     if (status < 0) {
         goto close_loop;

@@ -7,15 +7,20 @@
 #include <utlist.h>
 
 #include "engine/cache.h"
-#include "engine/storage.h"
+#include "engine/neighbours.h"
 #include "engine/source.h"
+#include "engine/storage.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
 #define PULL_LINGER_NS 2000000000ull /* a pull on demand keeps its sources for so long */
 #define PULL_LOOK_FIRST_NS \
     250000000ull /* looks for holders: first repeat, then doubling up to the last */
-#define PULL_LOOK_LAST_NS 2000000000ull
+#define PULL_LOOK_LAST_NS 5000000000ull
+#define PULL_QUIET_NS     500000000ull  /* nothing came for so long: look again */
+#define PULL_REVIEW_NS    1000000000ull /* how often the neighbours are compared */
+#define PULL_LANE_FLOOR   3             /* shards on their way on one lane: at least, */
+#define PULL_LANE_CEILING 16            /* and at most */
 
 static bool pull_home(const struct pull *pull)
 {
@@ -30,28 +35,22 @@ static void looked(void *arg, int status, const struct model_holder *holders, si
 {
     struct replica *replica = arg;
     struct engine *engine = replica->engine;
-    struct model_holder *copy = NULL;
-    if (status == 0 && count) {
-        copy = calloc(count, sizeof *copy);
-        if (copy) {
-            memcpy(copy, holders, count * sizeof *copy);
-        } else {
-            status = -ENOMEM;
-        }
-    }
     pthread_mutex_lock(&replica->lock);
     replica->looking = false;
     if (status == 0) {
-        free(replica->holders);
-        replica->holders = copy;
+        for (size_t i = 0; i < count; i++) {
+            neighbours_learn(replica, &holders[i].node);
+        }
+        if (replica->neighbours) {
+            (void)neighbours_choose(replica, util_now_ms());
+        }
         replica->holder_count = count;
-        replica->holders_serial++;
         replica->looked = true;
         replica->offline = count == 0;
     }
     pthread_mutex_unlock(&replica->lock);
     if (status == 0 && !atomic_load(&engine->closing)) {
-        lane_post_all(engine, look_run, replica);
+        pull_neighbours_changed(replica);
     }
     replica_put(replica);
     core_release(engine);
@@ -93,6 +92,11 @@ static void look_run(struct lane *lane, void *arg)
         source_update(pull);
     }
     replica_put(replica);
+}
+
+void pull_neighbours_changed(struct replica *replica)
+{
+    lane_post_all(replica->engine, look_run, replica);
 }
 
 /* ---- room ---- */
@@ -162,13 +166,48 @@ static void room_request(struct replica *replica)
 
 /* ---- the pull's life ---- */
 
+/* What all lanes share: the order of shards, and the neighbours; from pull_want on, as long as a lane or the pull itself
+ * needs it. Lock held. */
+static int plan_open(struct replica *replica)
+{
+    if (replica->spread) {
+        return 0;
+    }
+    int status = neighbours_open(replica);
+    if (status < 0) {
+        return status;
+    }
+    status = spread_open(replica->shards, &replica->spread);
+    if (status < 0) {
+        neighbours_close(replica);
+        return status;
+    }
+    for (uint32_t k = 0; k < replica->shards; k++) {
+        if (replica->states[k] == SPREAD_PRESENT) {
+            spread_land(replica->spread, k);
+        }
+    }
+    return 0;
+}
+
+static void plan_leave(struct replica *replica)
+{
+    pthread_mutex_lock(&replica->lock);
+    if (--replica->pulls == 0 && !replica->pulling) {
+        spread_close(replica->spread);
+        replica->spread = NULL;
+        neighbours_close(replica);
+    }
+    pthread_mutex_unlock(&replica->lock);
+}
+
 static void pull_free(struct pull *pull)
 {
     struct replica *replica = pull->replica;
     source_clear(pull);
     DL_DELETE(pull->lane->pulls, pull);
-    free(pull->rarity);
     free(pull);
+    plan_leave(replica);
     cache_retire(replica->engine->cache, replica);
     replica_put(replica);
 }
@@ -179,21 +218,25 @@ static void pull_run(struct lane *lane, void *arg)
     struct replica *replica = arg;
     struct pull *pull = pull_find(lane, replica);
     if (!pull) {
-        pull = calloc(1, sizeof *pull);
-        uint16_t *rarity = calloc(replica->shards ? replica->shards : 1, sizeof *rarity);
-        if (!pull || !rarity) {
-            free(pull);
-            free(rarity);
-            replica_fail(replica, -ENOMEM, "no memory for the pull");
+        pthread_mutex_lock(&replica->lock);
+        bool planned = replica->spread;
+        pull = planned ? calloc(1, sizeof *pull) : NULL;
+        replica->pulls += pull != NULL;
+        pthread_mutex_unlock(&replica->lock);
+        if (!pull) {
+            if (planned) {
+                replica_fail(replica, -ENOMEM, "no memory for the pull");
+            } /* else it has ended already */
             replica_put(replica);
             return;
         }
         pull->lane = lane;
         pull->replica = replica;
-        pull->rarity = rarity;
+        pull->window = spread_window_new(PULL_LANE_FLOOR, PULL_LANE_CEILING);
         pull->room_request = room_request;
         pull->look_wait_ns = PULL_LOOK_FIRST_NS;
         pull->look_ns = loop_now_ns(lane->loop) + PULL_LOOK_FIRST_NS;
+        pull->review_ns = loop_now_ns(lane->loop) + PULL_REVIEW_NS;
         replica_get(replica);
         DL_APPEND(lane->pulls, pull);
     }
@@ -211,6 +254,9 @@ int pull_want(struct replica *replica, bool whole)
         return atomic_load(&engine->closing) ? -ESHUTDOWN : 0;
     }
     int status = replica_storage_open(replica);
+    if (status == 0 && !replica->pulling) {
+        status = plan_open(replica);
+    }
     if (status < 0) {
         pthread_mutex_unlock(&replica->lock);
         return status;
@@ -265,6 +311,11 @@ static void home_tick(struct pull *pull, uint64_t now)
     bool ran = replica->pulling;
     bool complete = ran && replica_complete(replica);
     bool wanted = ran && (replica->waiters || replica->whole);
+    bool changed = false;
+    if (ran && now >= pull->review_ns) {
+        pull->review_ns = now + PULL_REVIEW_NS;
+        changed = neighbours_review(replica, now / 1000000);
+    }
     uint64_t quiet = now > replica->progress_ns ? now - replica->progress_ns : 0;
     if (!ran || complete) {
         replica->pulling = false;
@@ -285,7 +336,11 @@ static void home_tick(struct pull *pull, uint64_t now)
         replica->pulling = false;
     }
     bool ended = ran && !replica->pulling;
+    bool lonely = replica->sources == 0 || quiet > PULL_QUIET_NS;
     pthread_mutex_unlock(&replica->lock);
+    if (changed && !ended) {
+        pull_neighbours_changed(replica);
+    }
 
     if (complete) {
         atomic_fetch_add(&engine->counters.pulls_completed, 1);
@@ -296,7 +351,7 @@ static void home_tick(struct pull *pull, uint64_t now)
     if (reason[0]) {
         replica_fail(replica, -EIO, reason);
     }
-    if (!ended && wanted && now >= pull->look_ns) {
+    if (!ended && wanted && lonely && now >= pull->look_ns) {
         pull->look_ns = now + pull->look_wait_ns;
         pull->look_wait_ns =
             pull->look_wait_ns * 2 < PULL_LOOK_LAST_NS ? pull->look_wait_ns * 2 : PULL_LOOK_LAST_NS;

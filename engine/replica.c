@@ -8,8 +8,10 @@
 #include <utlist.h>
 
 #include "engine/cache.h"
+#include "engine/crowd.h"
 #include "engine/draft.h"
 #include "engine/lane.h"
+#include "engine/neighbours.h"
 #include "engine/storage.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -64,7 +66,10 @@ void replica_put(struct replica *replica)
     } else if (replica->fd >= 0) {
         close(replica->fd);
     }
-    free(replica->holders);
+    spread_close(replica->spread);
+    neighbours_close(replica);
+    crowd_free(replica->crowd);
+    slots_book_close(replica->book);
     free(replica->reason);
     free(replica->digests);
     free(replica->known);
@@ -216,6 +221,9 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status)
     if (status == 0) {
         uint64_t length = replica_shard_size(replica, shard);
         atomic_store_explicit(&replica->states[shard], SPREAD_PRESENT, memory_order_release);
+        if (replica->spread) {
+            spread_land(replica->spread, shard);
+        }
         atomic_fetch_add(&replica->resident, length);
         atomic_fetch_add_explicit(&replica->present, 1, memory_order_acq_rel);
         atomic_fetch_add(&replica->changes, 1);
@@ -226,6 +234,9 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status)
         atomic_fetch_add(&engine->counters.shards_fetched, 1);
     } else {
         atomic_store_explicit(&replica->states[shard], SPREAD_ABSENT, memory_order_release);
+        if (replica->spread) {
+            spread_put(replica->spread, shard);
+        }
         atomic_fetch_add(&engine->counters.shards_failed, 1);
     }
     replica_check(replica);

@@ -27,6 +27,9 @@ enum replica_phase {
     REPLICA_DEAD,
 };
 
+struct neighbours;
+struct crowd;
+struct slots_book;
 struct draft; /* what only a draft needs; draft.c */
 
 enum replica_announced { REPLICA_SILENT, REPLICA_SOME, REPLICA_ALL };
@@ -73,19 +76,22 @@ struct replica {
     uint64_t pull_started_ns;
     _Atomic uint64_t progress_ns; /* something landed, or the first waiter came */
     enum replica_announced announced;
-    struct model_holder *holders; /* the last look, live nodes */
-    size_t holder_count;
-    uint64_t holders_serial; /* grows with every look */
-    bool looking;            /* a look is under way */
-    bool looked;             /* one has succeeded */
-    bool offline;            /* and found nobody */
-    uint32_t sources;        /* attached suppliers of all lanes */
-    int error;               /* the last failure */
-    uint64_t failed_ns;      /* and when it was */
-    char *reason;            /* and its cause; owned; NULL: none */
+    struct spread *spread;         /* what is to come, in which order; NULL: no lane pulls */
+    unsigned pulls;                /* lanes that do */
+    struct neighbours *neighbours; /* whom to pull from; as long as spread */
+    size_t holder_count;           /* of the last look */
+    bool looking;                  /* a look is under way */
+    bool looked;                   /* one has succeeded */
+    bool offline;                  /* and found nobody */
+    uint32_t sources;              /* attached suppliers of all lanes */
+    int error;                     /* the last failure */
+    uint64_t failed_ns;            /* and when it was */
+    char *reason;                  /* and its cause; owned; NULL: none */
     atomic_uint
         changes; /* grows with every shard and digest, so that sessions know when to speak */
-    struct draft *draft; /* DRAFT and SEALING only */
+    struct crowd *crowd;     /* who pulls it from here; NULL: nobody yet */
+    struct slots_book *book; /* what was handed out to whom; NULL: nothing yet */
+    struct draft *draft;     /* DRAFT and SEALING only */
 };
 
 /* With one reference, the caller's. inplace: its bytes are this node's file version->origin_path, all present. */

@@ -6,49 +6,78 @@
 #include <utlist.h>
 
 #include "engine/cache.h"
-#include "engine/storage.h"
-#include "engine/supplier.h"
+#include "engine/fill.h"
+#include "engine/neighbours.h"
+#include "engine/pull.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define SOURCE_MAX            16
-#define SOURCE_DEMAND_MAX     64
-#define SOURCE_WINDOW_END     (8u << 20) /* bytes in flight at a source, however little is left */
-#define SOURCE_POPULATE_STEP  (2u << 20) /* a huge page */
-#define SOURCE_POPULATE_AHEAD (1u << 20) /* what may land before the lane hears of it */
-#define SOURCE_STALL_NS       1500000000ull /* no byte of a shard for so long: ask somebody else */
-#define SOURCE_STALLED_NS     5000000000ull /* and leave the source alone for so long */
-#define SOURCE_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
-
-/* One peer as a source of one version, on one lane. */
-struct source {
-    struct attachment attachment;
-    struct pull *pull;
-    uint8_t *bitmap;
-    bool attached;
-    bool gone;       /* it said so; asked again when the next look still lists it */
-    bool listed;     /* the last look listed it */
-    uint8_t *staged; /* its list of digests so far, until it is whole and proven */
-    uint32_t staged_count;
-    uint32_t inflight;
-    uint64_t busy_until_ns;
-    uint64_t stalled_until_ns;
-    struct source *prev, *next;
-};
-
-/* One shard on its way. */
-struct fill {
-    struct request request;
-    struct source *source;
-    struct digest_shard hash;
-    uint8_t expected[MODEL_DIGEST_MAX];
-    uint64_t populated; /* bytes from its begin that have their pages */
-    uint64_t progress_ns;
-    struct fill *prev, *next;
-};
+#define SOURCE_DEMAND_MAX      64
+#define SOURCE_WINDOW_END      (8u << 20) /* bytes in flight, however little is left */
+#define SOURCE_AGAIN_FIRST_MS  100        /* a source that failed is left alone for so long, */
+#define SOURCE_AGAIN_LAST_MS   30000      /* and, failing again and again, for so long */
+#define SOURCE_URGENT_INFLIGHT 32
 
 static const struct attachment_ops source_ops;
-static const struct request_ops fill_ops;
+
+/* ---- what a source is good for ---- */
+
+bool source_usable(const struct source *source, uint64_t now_ns)
+{
+    return source->attached && now_ns >= source->busy_until_ns &&
+           !peer_quarantined(supplier_peer(source->attachment.supplier));
+}
+
+bool source_has(const struct source *source, uint32_t shard)
+{
+    return source->bitmap[shard / 8] >> (shard % 8) & 1;
+}
+
+bool source_is_registrar(const struct source *source)
+{
+    const struct model_version *version = &source->pull->replica->version;
+    const struct model_node *node = supplier_node(source->attachment.supplier);
+    return node->boot == version->origin_boot && strcmp(node->name, version->origin_node) == 0;
+}
+
+void source_praise(struct source *source)
+{
+    source->failures = 0;
+    peer_praise(supplier_peer(source->attachment.supplier));
+}
+
+void source_blame(struct source *source, int status)
+{
+    uint32_t ms = SOURCE_AGAIN_FIRST_MS;
+    if (status != -ENOENT && status != -ENODATA) { /* it just had that one shard no more */
+        ms = spread_backoff_ms(++source->failures, SOURCE_AGAIN_FIRST_MS, SOURCE_AGAIN_LAST_MS,
+                               util_random_u64());
+    }
+    source->busy_until_ns = loop_now_ns(source->pull->lane->loop) + ms * 1000000ull;
+    atomic_fetch_add(&supplier_peer(source->attachment.supplier)->failed, 1);
+}
+
+void source_busy(struct source *source, uint32_t shard, uint32_t retry_ms)
+{
+    uint64_t until = loop_now_ns(source->pull->lane->loop) + retry_ms * 1000000ull;
+    if (!source->complete) {
+        source->busy_until_ns = until;
+        return;
+    }
+    source->bitmap[shard / 8] &= (uint8_t)~(1u << (shard % 8));
+    if (!source->refill_ns || until < source->refill_ns) {
+        source->refill_ns = until;
+    }
+}
+
+static void bitmap_fill(struct source *source)
+{
+    uint32_t shards = source->pull->replica->shards;
+    for (uint32_t k = 0; k < shards; k++) {
+        source->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
+    }
+    source->refill_ns = 0;
+}
 
 /* ---- asking ---- */
 
@@ -78,20 +107,10 @@ static bool room_claim(struct replica *replica, uint32_t filling)
     return cache_reserve(replica->engine->cache, replica, claim);
 }
 
+/* FILLING ones. Lock held. */
 static uint32_t filling_count(const struct replica *replica)
 {
-    uint32_t n = 0;
-    for (uint32_t k = 0; k < replica->shards; k++) {
-        n += atomic_load_explicit(&replica->states[k], memory_order_relaxed) == SPREAD_FILLING;
-    }
-    return n;
-}
-
-static bool source_is_registrar(const struct source *source)
-{
-    const struct model_version *version = &source->pull->replica->version;
-    const struct model_node *node = supplier_node(source->attachment.supplier);
-    return node->boot == version->origin_boot && strcmp(node->name, version->origin_node) == 0;
+    return replica->shards - spread_absent(replica->spread) - atomic_load(&replica->present);
 }
 
 /* Nothing is asked before its digest can be trusted: all of them against the root, or, while the registrar has not
@@ -103,33 +122,69 @@ static bool askable(const struct source *source)
            (!replica->version.sealed && source_is_registrar(source));
 }
 
-/* Takes the next shard for this source and marks it FILLING. SPREAD_NONE: none, or not now. */
-static uint32_t shard_take(struct source *source, uint32_t window, bool *urgent)
+/* What the source itself has proposed, if that is still wanted. Lock held. */
+static uint32_t advice_take(struct source *source)
+{
+    const struct replica *replica = source->pull->replica;
+    while (source->advice_count) {
+        uint32_t shard = source->advice[--source->advice_count];
+        if (shard < replica->shards && replica->whole && source_has(source, shard) &&
+            spread_state(replica->spread, shard) == SPREAD_ABSENT) {
+            return shard;
+        }
+    }
+    return SPREAD_NONE;
+}
+
+/* What may be asked in one turn, in this order. */
+enum source_turn {
+    TURN_URGENT,  /* what readers wait for */
+    TURN_RARE,    /* of those that have everything: what nobody else has */
+    TURN_PARTIAL, /* of those that are still pulling themselves */
+    TURN_ANY,     /* of those that have everything: the rest */
+    TURN_COUNT
+};
+
+static uint32_t shard_choose(struct source *source, enum source_turn turn, bool *urgent)
 {
     struct replica *replica = source->pull->replica;
     struct spread_range demand[SOURCE_DEMAND_MAX];
+    struct spread_want want = {.cursor = replica->cursor,
+                               .whole = replica->whole && turn != TURN_URGENT};
+    if (turn == TURN_URGENT) {
+        want.demand = demand;
+        want.demand_count = demand_collect(replica, demand);
+    }
+    struct spread_offer offer = {.bitmap = source->bitmap,
+                                 .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
+                                 .far = source->far};
+    uint32_t shard = SPREAD_NONE;
+    *urgent = false;
+    if (turn == TURN_RARE) {
+        shard = advice_take(source);
+    }
+    return shard != SPREAD_NONE
+               ? shard
+               : spread_next(replica->spread, &want, &offer, util_random_u64(), urgent);
+}
+
+/* Takes the next shard for this source and marks it FILLING. SPREAD_NONE: none, or not now. */
+static uint32_t shard_take(struct source *source, enum source_turn turn, bool *urgent)
+{
+    struct replica *replica = source->pull->replica;
     uint32_t shard = SPREAD_NONE;
     bool room = true;
 
     pthread_mutex_lock(&replica->lock);
-    if (replica->pulling && !replica->room_wanted && askable(source)) {
-        struct spread_view view = {.shards = replica->shards,
-                                   .states = (const uint8_t *)replica->states,
-                                   .rarity =
-                                       source->pull->sources->next ? source->pull->rarity : NULL,
-                                   .demand = demand,
-                                   .demand_count = demand_collect(replica, demand),
-                                   .cursor = replica->cursor,
-                                   .whole = replica->whole};
-        shard = spread_next(&view, source->bitmap, util_random_u64(), urgent);
-        if (shard != SPREAD_NONE && !*urgent && source->inflight >= window) {
-            shard = SPREAD_NONE;
-        }
+    if (replica->pulling && !replica->room_wanted && askable(source) &&
+        (replica->whole || replica->waiters)) {
+        shard = shard_choose(source, turn, urgent);
         if (shard != SPREAD_NONE) {
             room = room_claim(replica, replica->whole ? 0 : filling_count(replica));
             if (room) {
                 atomic_store_explicit(&replica->states[shard], SPREAD_FILLING,
                                       memory_order_release);
+                spread_take(replica->spread, shard);
             } else {
                 shard = SPREAD_NONE;
             }
@@ -142,59 +197,21 @@ static uint32_t shard_take(struct source *source, uint32_t window, bool *urgent)
     return shard;
 }
 
-static void fill_free(struct fill *fill)
-{
-    DL_DELETE(fill->source->pull->fills, fill);
-    fill->source->inflight--;
-    digest_shard_clear(&fill->hash);
-    free(fill);
-}
-
-static int fill_start(struct source *source, uint32_t shard, bool urgent)
-{
-    struct pull *pull = source->pull;
-    struct replica *replica = pull->replica;
-    struct fill *fill = calloc(1, sizeof *fill);
-    if (!fill) {
-        return -ENOMEM;
-    }
-    size_t length = replica_shard_size(replica, shard);
-    uint8_t *destination = replica->map + replica_shard_offset(replica, shard);
-    fill->source = source;
-    fill->progress_ns = loop_now_ns(pull->lane->loop);
-    fill->request.ops = &fill_ops;
-    fill->request.shard = shard;
-    fill->request.urgent = urgent;
-    fill->request.fetch.destination = destination;
-    fill->request.fetch.length = length;
-    int status = digest_shard_begin(&fill->hash, replica->digest, destination, length);
-    if (status == 0) {
-        status = supplier_ask(&source->attachment, &fill->request);
-    }
-    if (status < 0) {
-        digest_shard_clear(&fill->hash);
-        free(fill);
-        return status;
-    }
-    DL_APPEND(pull->fills, fill);
-    source->inflight++;
-    return 0;
-}
-
 /* Puts a shard back that was taken but never asked for; nobody has failed. */
 static void shard_untake(struct replica *replica, uint32_t shard)
 {
     pthread_mutex_lock(&replica->lock);
     atomic_store_explicit(&replica->states[shard], SPREAD_ABSENT, memory_order_release);
+    spread_put(replica->spread, shard);
     pthread_mutex_unlock(&replica->lock);
 }
 
 /* Towards the end: what this lane hoards, another one could fetch meanwhile. */
-static uint32_t window_near_end(const struct source *source, uint32_t window)
+static uint32_t window_width(const struct pull *pull)
 {
-    const struct replica *replica = source->pull->replica;
+    const struct replica *replica = pull->replica;
     uint32_t left = replica->shards - atomic_load(&replica->present);
-    uint32_t share = left / (2 * source->pull->lane->engine->lane_count);
+    uint32_t share = left / (2 * pull->lane->engine->lane_count);
     uint32_t least = SOURCE_WINDOW_END / replica->version.shard_size;
     if (least < 2) {
         least = 2;
@@ -202,28 +219,54 @@ static uint32_t window_near_end(const struct source *source, uint32_t window)
     if (share < least) {
         share = least;
     }
-    return window < share ? window : share;
+    return pull->window.width < share ? pull->window.width : share;
 }
 
-static void source_pump(struct source *source, uint64_t now)
+/* Whether one more may be asked of it. What waits at a source for its turn costs nothing but the choice, so each of
+ * several may have one waiting; what is granted takes bandwidth, and is bounded by the window. */
+static bool source_room(const struct source *source, enum source_turn turn, uint32_t usable)
 {
-    struct supplier *supplier = source->attachment.supplier;
-    struct replica *replica = source->pull->replica;
-    if (!source->attached || source->gone || now < source->busy_until_ns ||
-        now < source->stalled_until_ns || peer_quarantined(supplier_peer(supplier))) {
-        return;
+    const struct pull *pull = source->pull;
+    if (turn == TURN_URGENT) {
+        return source->inflight < SOURCE_URGENT_INFLIGHT;
     }
-    uint32_t window = spread_window(supplier_rate(supplier), replica->version.shard_size);
-    window = window_near_end(source, window);
-    while (source->inflight < window + SPREAD_URGENT_EXTRA) {
-        bool urgent;
-        uint32_t shard = shard_take(source, window, &urgent);
-        if (shard == SPREAD_NONE) {
-            return;
+    uint32_t width = window_width(pull);
+    if (usable <= 1) {
+        return source->inflight < width;
+    }
+    uint32_t waiting = width / usable;
+    return pull->fetching < width && source->waiting < (waiting ? waiting : 1);
+}
+
+/* The idlest one that has something to ask of, or NULL. */
+static struct source *source_idlest(struct pull *pull, enum source_turn turn, uint32_t usable,
+                                    uint64_t now)
+{
+    struct source *best = NULL;
+    struct source *source;
+    DL_FOREACH(pull->sources, source) {
+        bool fits = turn == TURN_URGENT || source->complete == (turn != TURN_PARTIAL);
+        if (fits && !source->dry && source_usable(source, now) &&
+            source_room(source, turn, usable) && (!best || source->inflight < best->inflight)) {
+            best = source;
         }
-        if (fill_start(source, shard, urgent) < 0) {
-            shard_untake(replica, shard);
-            return;
+    }
+    return best;
+}
+
+static void sources_turn(struct pull *pull, enum source_turn turn, uint32_t usable, uint64_t now)
+{
+    struct source *source;
+    DL_FOREACH(pull->sources, source) {
+        source->dry = false;
+    }
+    while ((source = source_idlest(pull, turn, usable, now))) {
+        bool urgent;
+        uint32_t shard = shard_take(source, turn, &urgent);
+        source->dry = shard == SPREAD_NONE;
+        if (!source->dry && fill_start(source, shard, urgent) < 0) {
+            shard_untake(pull->replica, shard);
+            source->dry = true;
         }
     }
 }
@@ -231,147 +274,84 @@ static void source_pump(struct source *source, uint64_t now)
 void source_pump_all(struct pull *pull)
 {
     uint64_t now = loop_now_ns(pull->lane->loop);
+    uint32_t usable = 0;
     struct source *source;
     DL_FOREACH(pull->sources, source) {
-        source_pump(source, now);
+        usable += source_usable(source, now);
+        if (source->refill_ns && now >= source->refill_ns) {
+            bitmap_fill(source);
+        }
     }
-}
-
-/* ---- one fill ---- */
-
-static struct fill *fill_of(struct request *request)
-{
-    return util_container(request, struct fill, request);
-}
-
-/* Gives the bytes that come next their pages, here and now: the zeros that the kernel puts there are still in this
- * core's cache when the network's bytes replace them, so a page costs little more than its copy. Done ahead, by another
- * thread, it costs twice that; left to the copy, it costs a fault for each page. */
-static int fill_populate(struct fill *fill)
-{
-    struct replica *replica = fill->source->pull->replica;
-    const struct transport_fetch *fetch = &fill->request.fetch;
-    int status = 0;
-    while (status == 0 && fill->populated < fetch->length &&
-           fill->populated < fetch->landed + SOURCE_POPULATE_AHEAD) {
-        uint64_t left = fetch->length - fill->populated;
-        uint64_t step = left < SOURCE_POPULATE_STEP ? left : SOURCE_POPULATE_STEP;
-        status = storage_populate(
-            replica->map, replica_shard_offset(replica, fill->request.shard) + fill->populated,
-            step);
-        fill->populated += step;
-    }
-    return status;
-}
-
-static bool fill_granted(struct request *request, const uint8_t *digest, size_t digest_size)
-{
-    struct fill *fill = fill_of(request);
-    struct replica *replica = fill->source->pull->replica;
-    fill->progress_ns = loop_now_ns(fill->source->pull->lane->loop);
-
-    pthread_mutex_lock(&replica->lock);
-    /* Only the registrar is asked before the digests are proven (askable), so this is its word. */
-    if (digest_size == replica->digest->size && !replica->version.sealed) {
-        replica_digest_set(replica, request->shard, digest);
-    }
-    bool known = replica_digest_known(replica, request->shard);
-    if (known) {
-        memcpy(fill->expected, replica_digest(replica, request->shard), replica->digest->size);
-    }
-    pthread_mutex_unlock(&replica->lock);
-    return known && fill_populate(fill) == 0;
-}
-
-static void fill_landed(struct request *request)
-{
-    struct fill *fill = fill_of(request);
-    uint64_t now = loop_now_ns(fill->source->pull->lane->loop);
-    fill->progress_ns = now;
-    fill->source->pull->replica->progress_ns = now;
-    digest_shard_advance(&fill->hash, request->fetch.landed);
-    (void)fill_populate(fill); /* a failure shows when the bytes come */
-}
-
-/* A source that failed in this way is left alone for a while. */
-static void source_blame(struct source *source, int status, uint32_t retry_ms)
-{
-    uint64_t now = loop_now_ns(source->pull->lane->loop);
-    struct peer *peer = supplier_peer(source->attachment.supplier);
-    switch (status) {
-    case -EBUSY:
-        source->busy_until_ns = now + (uint64_t)retry_ms * 1000000;
+    if (!usable) {
         return;
-    case -ENOENT: /* one shard that it had no more; its next bitmap will tell */
-    case -ENODATA:
-        source->busy_until_ns = now + 100000000;
-        break;
-    case -ESTALE:
-        source->gone = true;
-        break;
-    default:
-        source->busy_until_ns = now + 100000000;
-        break;
     }
-    atomic_fetch_add(&peer->failed, 1);
+    pthread_mutex_lock(&pull->replica->lock);
+    bool demanded = pull->replica->waiters;
+    bool whole = pull->replica->whole;
+    bool absent = spread_absent(pull->replica->spread) > 0;
+    pthread_mutex_unlock(&pull->replica->lock);
+    if (demanded) {
+        fill_promote(pull);
+        sources_turn(pull, TURN_URGENT, usable, now);
+    }
+    for (enum source_turn turn = TURN_RARE; whole && absent && turn < TURN_COUNT; turn++) {
+        sources_turn(pull, turn, usable, now);
+    }
+    DL_FOREACH(pull->sources, source) {
+        if (source->inflight == 0 && source_usable(source, now)) {
+            (void)fill_move(source, now);
+        }
+    }
 }
 
-static void fill_ended(struct request *request, int status, uint32_t retry_ms)
-{
-    struct fill *fill = fill_of(request);
-    struct source *source = fill->source;
-    struct pull *pull = source->pull;
-    struct replica *replica = pull->replica;
-    struct supplier *supplier = source->attachment.supplier;
-    uint32_t shard = request->shard;
-    bool wrong = false;
-
-    if (status == 0) {
-        uint8_t digest[MODEL_DIGEST_MAX];
-        digest_shard_advance(&fill->hash, request->fetch.length);
-        digest_shard_finish(&fill->hash, digest);
-        wrong = memcmp(digest, fill->expected, replica->digest->size) != 0;
-        status = wrong ? -EBADMSG : 0;
-    }
-    if (status == 0) {
-        peer_praise(supplier_peer(supplier));
-    } else if (wrong) {
-        atomic_fetch_add(&pull->lane->engine->counters.shards_corrupt, 1);
-        peer_strike(supplier_peer(supplier));
-    } else {
-        source_blame(source, status, retry_ms);
-    }
-    fill_free(fill);
-    replica_shard_settle(replica, shard, status);
-    source_pump_all(pull);
-}
-
-/* ---- sources ---- */
+/* ---- what a source says ---- */
 
 static struct source *source_of(struct attachment *attachment)
 {
     return util_container(attachment, struct source, attachment);
 }
 
-static void rarity_add(struct pull *pull, const uint8_t *bitmap, int sign)
+/* What it has counts in the rarity, or does no longer. Lock held. */
+static void rarity_add(struct source *source, bool more)
 {
-    for (uint32_t k = 0; k < pull->replica->shards; k++) {
-        if (bitmap[k / 8] >> (k % 8) & 1) {
-            pull->rarity[k] = (uint16_t)(pull->rarity[k] + sign);
+    struct replica *replica = source->pull->replica;
+    for (uint32_t k = 0; source->counts && !source->complete && k < replica->shards; k++) {
+        if (!source_has(source, k)) {
+            continue;
+        }
+        if (more) {
+            spread_more(replica->spread, k, !source->far);
+        } else {
+            spread_less(replica->spread, k, !source->far);
         }
     }
 }
 
+static struct neighbour *neighbour_of(const struct source *source)
+{
+    const struct model_node *node = supplier_node(source->attachment.supplier);
+    return neighbours_find(source->pull->replica, node->name, node->boot);
+}
+
 static void source_bitmap_clear(struct source *source)
 {
-    if (source->attached) {
-        rarity_add(source->pull, source->bitmap, -1);
-        memset(source->bitmap, 0, source->pull->replica->shards / 8 + 1);
-        source->attached = false;
-        pthread_mutex_lock(&source->pull->replica->lock);
-        source->pull->replica->sources--;
-        pthread_mutex_unlock(&source->pull->replica->lock);
+    if (!source->attached) {
+        return;
     }
+    struct replica *replica = source->pull->replica;
+    pthread_mutex_lock(&replica->lock);
+    rarity_add(source, false);
+    replica->sources--;
+    struct neighbour *neighbour = neighbour_of(source);
+    if (neighbour) {
+        neighbour->attached--;
+    }
+    pthread_mutex_unlock(&replica->lock);
+    memset(source->bitmap, 0, SPREAD_BITMAP_BYTES(replica->shards));
+    source->attached = false;
+    source->complete = false;
+    source->advice_count = 0;
+    source->refill_ns = 0;
 }
 
 static void source_attached(struct attachment *attachment, uint32_t count, bool complete,
@@ -385,17 +365,20 @@ static void source_attached(struct attachment *attachment, uint32_t count, bool 
     }
     source_bitmap_clear(source);
     if (complete) { /* whose bitmap goes without saying */
-        for (uint32_t k = 0; k < count; k++) {
-            source->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
-        }
+        bitmap_fill(source);
     } else {
         memcpy(source->bitmap, bitmap, (count + 7) / 8);
     }
     source->attached = true;
-    source->gone = false;
-    rarity_add(source->pull, source->bitmap, 1);
+    source->complete = complete;
     pthread_mutex_lock(&replica->lock);
+    rarity_add(source, true);
     replica->sources++;
+    struct neighbour *neighbour = neighbour_of(source);
+    if (neighbour) {
+        neighbour->attached++;
+        neighbour->complete = complete;
+    }
     pthread_mutex_unlock(&replica->lock);
     source_pump_all(source->pull);
 }
@@ -403,13 +386,37 @@ static void source_attached(struct attachment *attachment, uint32_t count, bool 
 static void source_have(struct attachment *attachment, uint32_t shard)
 {
     struct source *source = source_of(attachment);
-    if (!source->attached || shard >= source->pull->replica->shards ||
-        (source->bitmap[shard / 8] >> (shard % 8) & 1)) {
+    struct replica *replica = source->pull->replica;
+    if (!source->attached || source->complete || shard >= replica->shards ||
+        source_has(source, shard)) {
         return;
     }
     source->bitmap[shard / 8] |= (uint8_t)(1u << (shard % 8));
-    source->pull->rarity[shard]++;
-    source_pump(source, loop_now_ns(source->pull->lane->loop));
+    if (source->counts) {
+        pthread_mutex_lock(&replica->lock);
+        spread_more(replica->spread, shard, !source->far);
+        pthread_mutex_unlock(&replica->lock);
+    }
+    if (source->waiting == 0) {
+        source_pump_all(source->pull);
+    }
+}
+
+static void source_advised(struct attachment *attachment, const struct wire_message *message)
+{
+    struct source *source = source_of(attachment);
+    source->advice_count = message->count;
+    for (uint32_t i = 0; i < message->count; i++) {
+        source->advice[i] = wire_have_shard(message, i);
+    }
+}
+
+static void source_referred(struct attachment *attachment, const char *node, uint64_t boot)
+{
+    struct replica *replica = source_of(attachment)->pull->replica;
+    if (neighbours_hear(replica, node, boot)) {
+        pull_neighbours_changed(replica);
+    }
 }
 
 /* Gathers a holder's list of digests: its parts come in order. True: it is whole. */
@@ -482,12 +489,20 @@ static void source_digests(struct attachment *attachment, uint32_t first, uint32
 static void source_gone(struct attachment *attachment, enum wire_reason reason)
 {
     struct source *source = source_of(attachment);
+    struct replica *replica = source->pull->replica;
     source_bitmap_clear(source);
-    source->gone = true;
+    pthread_mutex_lock(&replica->lock);
+    struct neighbour *neighbour = neighbour_of(source);
+    if (neighbour) { /* until it is named again */
+        neighbour->gone = true;
+        neighbour->chosen = false;
+    }
+    pthread_mutex_unlock(&replica->lock);
     if (reason == WIRE_GONE_CHANGED) {
         log_warn("peer %s: the file that it registered in place has changed there",
                  supplier_node(attachment->supplier)->name);
     }
+    pull_neighbours_changed(replica);
 }
 
 static void source_lost(struct attachment *attachment)
@@ -499,22 +514,15 @@ static void source_lost(struct attachment *attachment)
 
 static void source_writable(struct attachment *attachment)
 {
-    source_pump(source_of(attachment), loop_now_ns(source_of(attachment)->pull->lane->loop));
+    source_pump_all(source_of(attachment)->pull);
 }
+
+/* ---- who is a source ---- */
 
 static void source_remove(struct source *source)
 {
     struct pull *pull = source->pull;
-    struct fill *fill;
-    struct fill *next;
-    DL_FOREACH_SAFE(pull->fills, fill, next) {
-        if (fill->source == source) {
-            uint32_t shard = fill->request.shard;
-            supplier_cancel(&fill->request);
-            fill_free(fill);
-            shard_untake(pull->replica, shard);
-        }
-    }
+    fill_cancel_all(source);
     source_bitmap_clear(source);
     supplier_detach(&source->attachment);
     DL_DELETE(pull->sources, source);
@@ -523,80 +531,74 @@ static void source_remove(struct source *source)
     free(source);
 }
 
-static void source_add(struct pull *pull, const struct model_node *node)
+static void source_add(struct pull *pull, const struct neighbour *neighbour)
 {
-    struct supplier *supplier = supplier_get(pull->lane, node);
+    struct supplier *supplier = supplier_get(pull->lane, &neighbour->node);
     struct source *source = calloc(1, sizeof *source);
-    if (!supplier || !source || !(source->bitmap = calloc(pull->replica->shards / 8 + 1, 1))) {
+    if (!supplier || !source ||
+        !(source->bitmap = calloc(1, SPREAD_BITMAP_BYTES(pull->replica->shards) + 1))) {
         free(source);
         return; /* the next look tries again */
     }
     source->pull = pull;
-    source->listed = true;
+    source->far = neighbour->far;
+    source->counts = neighbour->lane != NEIGHBOURS_ALL_LANES || pull->lane->index == 0;
     source->attachment.ops = &source_ops;
     source->attachment.version = pull->replica->version.id;
     DL_APPEND(pull->sources, source);
     supplier_attach(supplier, &source->attachment);
 }
 
-static struct source *source_find(struct pull *pull, const struct model_node *node)
+static bool source_is(const struct source *source, const struct neighbour *neighbour)
 {
-    struct source *source;
-    DL_FOREACH(pull->sources, source) {
-        const struct model_node *known = supplier_node(source->attachment.supplier);
-        if (known->boot == node->boot && strcmp(known->name, node->name) == 0) {
-            return source;
-        }
-    }
-    return NULL;
+    const struct model_node *node = supplier_node(source->attachment.supplier);
+    return node->boot == neighbour->node.boot && strcmp(node->name, neighbour->node.name) == 0;
 }
 
-/* Makes sources of the holders that the last look found; those that it no longer lists and that are not attached go. */
-void source_update(struct pull *pull)
+/* Copies of the neighbours that this lane takes from; NULL: out of memory. */
+static struct neighbour *chosen_copy(const struct pull *pull, size_t *count)
 {
     struct replica *replica = pull->replica;
+    struct neighbour *chosen = calloc(SPREAD_NEIGHBOURS, sizeof *chosen);
+    size_t n = 0;
     pthread_mutex_lock(&replica->lock);
-    uint64_t serial = replica->holders_serial;
-    size_t count = replica->holder_count;
-    struct model_holder *holders = NULL;
-    if (serial != pull->holders_serial && count) {
-        holders = calloc(count, sizeof *holders);
-        if (holders) {
-            memcpy(holders, replica->holders, count * sizeof *holders);
+    const struct neighbour *neighbour;
+    DL_FOREACH(neighbours_list(replica), neighbour) {
+        if (chosen && n < SPREAD_NEIGHBOURS && neighbour->chosen &&
+            (neighbour->lane == NEIGHBOURS_ALL_LANES || neighbour->lane == pull->lane->index)) {
+            chosen[n++] = *neighbour;
         }
     }
     pthread_mutex_unlock(&replica->lock);
-    if (serial == pull->holders_serial || (count && !holders)) {
+    *count = n;
+    return chosen;
+}
+
+void source_update(struct pull *pull)
+{
+    size_t count;
+    util_autofree struct neighbour *chosen = chosen_copy(pull, &count);
+    if (!chosen) {
         return;
     }
-    pull->holders_serial = serial;
-
     struct source *source;
     struct source *next;
-    size_t have = 0;
-    DL_FOREACH(pull->sources, source) {
-        source->listed = false;
-        have++;
-    }
-    size_t start = count ? util_random_u64() % count : 0;
-    for (size_t i = 0; i < count; i++) {
-        const struct model_node *node = &holders[(start + i) % count].node;
-        source = source_find(pull, node);
-        if (source) {
-            source->listed = true;
-            if (source->gone) { /* announced again: attach anew */
-                source_remove(source);
-                source_add(pull, node);
-            }
-        } else if (have < SOURCE_MAX) {
-            source_add(pull, node);
-            have++;
+    DL_FOREACH_SAFE(pull->sources, source, next) {
+        bool stays = false;
+        for (size_t i = 0; i < count; i++) {
+            stays |= source_is(source, &chosen[i]);
+        }
+        if (!stays) {
+            source_remove(source);
         }
     }
-    free(holders);
-    DL_FOREACH_SAFE(pull->sources, source, next) {
-        if (!source->listed && !source->attached) {
-            source_remove(source);
+    for (size_t i = 0; i < count; i++) {
+        bool known = false;
+        DL_FOREACH(pull->sources, source) {
+            known |= source_is(source, &chosen[i]);
+        }
+        if (!known) {
+            source_add(pull, &chosen[i]);
         }
     }
     source_pump_all(pull);
@@ -604,43 +606,14 @@ void source_update(struct pull *pull)
 
 void source_tick(struct pull *pull, uint64_t now_ns)
 {
-    struct source *waiting;
-    DL_FOREACH(pull->sources, waiting) {
-        if (waiting->staged && waiting->staged_count == pull->replica->shards &&
+    struct source *source;
+    DL_FOREACH(pull->sources, source) {
+        if (source->staged && source->staged_count == pull->replica->shards &&
             !atomic_load(&pull->replica->all_known)) {
-            (void)digests_install(waiting); /* the root may have come meanwhile */
+            (void)digests_install(source); /* the root may have come meanwhile */
         }
     }
-    struct fill *fill;
-    struct fill *next;
-    DL_FOREACH_SAFE(pull->fills, fill, next) {
-        struct source *source = fill->source;
-        if (now_ns - fill->progress_ns < SOURCE_STALL_NS) {
-            continue;
-        }
-        bool other = false;
-        struct source *candidate;
-        DL_FOREACH(pull->sources, candidate) {
-            other |= candidate != source && candidate->attached &&
-                     now_ns >= candidate->stalled_until_ns &&
-                     (candidate->bitmap[fill->request.shard / 8] >> (fill->request.shard % 8) & 1);
-        }
-        if (!other && now_ns - fill->progress_ns < SOURCE_AGAIN_NS) {
-            continue; /* nobody better */
-        }
-        uint32_t shard = fill->request.shard;
-        log_info("peer %s: no byte of a shard for %llu ms; asking %s",
-                 supplier_node(source->attachment.supplier)->name,
-                 (unsigned long long)((now_ns - fill->progress_ns) / 1000000),
-                 other ? "another" : "again");
-        atomic_fetch_add(&supplier_peer(source->attachment.supplier)->failed, 1);
-        if (other) {
-            source->stalled_until_ns = now_ns + SOURCE_STALLED_NS;
-        }
-        supplier_cancel(&fill->request);
-        fill_free(fill);
-        replica_shard_settle(pull->replica, shard, -ETIMEDOUT);
-    }
+    fill_tick(pull, now_ns);
 }
 
 void source_clear(struct pull *pull)
@@ -656,13 +629,9 @@ static const struct attachment_ops source_ops = {
     .attached = source_attached,
     .have = source_have,
     .digests = source_digests,
+    .advised = source_advised,
+    .referred = source_referred,
     .gone = source_gone,
     .lost = source_lost,
     .writable = source_writable,
-};
-
-static const struct request_ops fill_ops = {
-    .granted = fill_granted,
-    .landed = fill_landed,
-    .ended = fill_ended,
 };

@@ -1,25 +1,186 @@
 #include "engine/spread.h"
 
-#define SPREAD_WINDOW_MIN   2
-#define SPREAD_WINDOW_MAX   16
-#define SPREAD_WINDOW_BYTES (32ull << 20) /* for a source whose rate is not known yet */
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define RARITIES        (SPREAD_RARITY_ANY + 1)
+#define SPREAD_QUICK_NS 15000000ull  /* a window opens below, */
+#define SPREAD_SLOW_NS  120000000ull /* and closes above */
+#define SPREAD_TRIAL_MS 3000         /* what a neighbour gets to show what it can */
+#define SPREAD_HEDGE_NS 300000000ull /* a shard is not late before */
+
+/* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. place: where a
+ * shard stands in it. */
+struct spread {
+    uint32_t shards;
+    uint32_t first[RARITIES + 1];
+    uint32_t *order;
+    uint32_t *place;
+    uint16_t *rarity;
+    uint16_t *near;
+    uint8_t *states;
+    uint64_t *absent; /* bitmap, little endian words */
+};
+
+/* ---- the order ---- */
+
+int spread_open(uint32_t shards, struct spread **spread)
+{
+    struct spread *s = calloc(1, sizeof *s);
+    size_t room = shards ? shards : 1;
+    if (!s) {
+        return -ENOMEM;
+    }
+    s->shards = shards;
+    s->order = calloc(room, sizeof *s->order);
+    s->place = calloc(room, sizeof *s->place);
+    s->rarity = calloc(room, sizeof *s->rarity);
+    s->near = calloc(room, sizeof *s->near);
+    s->states = calloc(room, sizeof *s->states);
+    s->absent = calloc(room / 64 + 1, sizeof *s->absent);
+    if (!s->order || !s->place || !s->rarity || !s->near || !s->states || !s->absent) {
+        spread_close(s);
+        return -ENOMEM;
+    }
+    for (uint32_t k = 0; k < shards; k++) {
+        s->order[k] = s->place[k] = k;
+        s->absent[k / 64] |= htole64(1ull << (k % 64));
+    }
+    for (uint32_t r = 1; r <= RARITIES; r++) {
+        s->first[r] = shards;
+    }
+    *spread = s;
+    return 0;
+}
+
+void spread_close(struct spread *s)
+{
+    if (!s) {
+        return;
+    }
+    free(s->order);
+    free(s->place);
+    free(s->rarity);
+    free(s->near);
+    free(s->states);
+    free(s->absent);
+    free(s);
+}
+
+static uint32_t group_of(const struct spread *s, uint32_t shard)
+{
+    return s->rarity[shard] < SPREAD_RARITY_ANY ? s->rarity[shard] : SPREAD_RARITY_ANY;
+}
+
+static void place_swap(struct spread *s, uint32_t shard, uint32_t place)
+{
+    uint32_t other = s->order[place];
+    uint32_t from = s->place[shard];
+    s->order[from] = other;
+    s->place[other] = from;
+    s->order[place] = shard;
+    s->place[shard] = place;
+}
+
+/* From one group to the next, by moving the border between them; group RARITIES is that of the others. */
+static void group_up(struct spread *s, uint32_t shard, uint32_t from, uint32_t to)
+{
+    for (uint32_t group = from; group < to; group++) {
+        place_swap(s, shard, --s->first[group + 1]);
+    }
+}
+
+static void group_down(struct spread *s, uint32_t shard, uint32_t from, uint32_t to)
+{
+    for (uint32_t group = from; group > to; group--) {
+        place_swap(s, shard, s->first[group]++);
+    }
+}
+
+enum spread_shard_state spread_state(const struct spread *s, uint32_t shard)
+{
+    return (enum spread_shard_state)s->states[shard];
+}
+
+static void absent_leave(struct spread *s, uint32_t shard)
+{
+    if (s->states[shard] == SPREAD_ABSENT) {
+        group_up(s, shard, group_of(s, shard), RARITIES);
+        s->absent[shard / 64] &= ~htole64(1ull << (shard % 64));
+    }
+}
+
+void spread_take(struct spread *s, uint32_t shard)
+{
+    absent_leave(s, shard);
+    s->states[shard] = SPREAD_FILLING;
+}
+
+void spread_land(struct spread *s, uint32_t shard)
+{
+    absent_leave(s, shard);
+    s->states[shard] = SPREAD_PRESENT;
+}
+
+void spread_put(struct spread *s, uint32_t shard)
+{
+    if (s->states[shard] == SPREAD_FILLING) {
+        s->states[shard] = SPREAD_ABSENT;
+        s->absent[shard / 64] |= htole64(1ull << (shard % 64));
+        group_down(s, shard, RARITIES, group_of(s, shard));
+    }
+}
+
+uint32_t spread_absent(const struct spread *s)
+{
+    return s->first[RARITIES];
+}
+
+void spread_more(struct spread *s, uint32_t shard, bool near)
+{
+    uint32_t from = group_of(s, shard);
+    s->rarity[shard]++;
+    s->near[shard] = (uint16_t)(s->near[shard] + near);
+    if (s->states[shard] == SPREAD_ABSENT) {
+        group_up(s, shard, from, group_of(s, shard));
+    }
+}
+
+void spread_less(struct spread *s, uint32_t shard, bool near)
+{
+    uint32_t from = group_of(s, shard);
+    s->rarity[shard]--;
+    s->near[shard] = (uint16_t)(s->near[shard] - near);
+    if (s->states[shard] == SPREAD_ABSENT) {
+        group_down(s, shard, from, group_of(s, shard));
+    }
+}
+
+/* ---- the choice ---- */
 
 static bool source_has(const uint8_t *bitmap, uint32_t shard)
 {
     return !bitmap || (bitmap[shard / 8] >> (shard % 8) & 1);
 }
 
-static bool may_take(const struct spread_view *view, const uint8_t *bitmap, uint32_t shard)
+static bool may_take(const struct spread *s, const uint8_t *bitmap, uint32_t shard)
 {
-    return view->states[shard] == SPREAD_ABSENT && source_has(bitmap, shard);
+    return s->states[shard] == SPREAD_ABSENT && source_has(bitmap, shard);
 }
 
-static uint32_t demand_next(const struct spread_view *view, const uint8_t *bitmap)
+static bool may_spare(const struct spread *s, const struct spread_offer *offer, uint32_t shard)
 {
-    for (size_t i = 0; i < view->demand_count; i++) {
-        for (uint32_t k = view->demand[i].first; k <= view->demand[i].last && k < view->shards;
-             k++) {
-            if (may_take(view, bitmap, k)) {
+    return source_has(offer->bitmap, shard) && !(offer->far && s->near[shard]);
+}
+
+static uint32_t demand_next(const struct spread *s, const struct spread_want *want,
+                            const uint8_t *bitmap)
+{
+    for (size_t i = 0; i < want->demand_count; i++) {
+        for (uint32_t k = want->demand[i].first; k <= want->demand[i].last && k < s->shards; k++) {
+            if (may_take(s, bitmap, k)) {
                 return k;
             }
         }
@@ -27,74 +188,182 @@ static uint32_t demand_next(const struct spread_view *view, const uint8_t *bitma
     return SPREAD_NONE;
 }
 
-static uint32_t ahead_next(const struct spread_view *view, const uint8_t *bitmap)
+static uint32_t ahead_next(const struct spread *s, uint32_t cursor,
+                           const struct spread_offer *offer)
 {
-    if (view->cursor == SPREAD_NONE) {
+    if (cursor == SPREAD_NONE) {
         return SPREAD_NONE;
     }
-    for (uint32_t k = view->cursor; k < view->shards && k - view->cursor <= SPREAD_AHEAD; k++) {
-        if (may_take(view, bitmap, k)) {
+    for (uint32_t k = cursor; k < s->shards && k - cursor <= SPREAD_AHEAD; k++) {
+        if (s->states[k] == SPREAD_ABSENT && group_of(s, k) <= offer->rarity_most &&
+            may_spare(s, offer, k)) {
             return k;
         }
     }
     return SPREAD_NONE;
 }
 
-/* One pass from a random start: the first shard of the least rarity met wins, so ties go to a random place. */
-static uint32_t rarest_next(const struct spread_view *view, const uint8_t *bitmap, uint64_t random)
+static uint64_t wanted_word(const struct spread *s, const uint8_t *bitmap, uint32_t word)
 {
-    uint32_t best = SPREAD_NONE;
-    uint16_t best_rarity = UINT16_MAX;
-    uint32_t start = (uint32_t)(random % view->shards);
-    for (uint32_t i = 0; i < view->shards; i++) {
-        uint32_t k = start + i < view->shards ? start + i : start + i - view->shards;
-        if (!may_take(view, bitmap, k)) {
-            continue;
-        }
-        uint16_t rarity = view->rarity ? view->rarity[k] : 1;
-        if (best == SPREAD_NONE || rarity < best_rarity) {
-            best = k;
-            best_rarity = rarity;
-        }
-        if (!view->rarity) {
-            break;
-        }
+    uint64_t has = UINT64_MAX;
+    if (bitmap) {
+        memcpy(&has, bitmap + (size_t)word * 8, sizeof has);
     }
-    return best;
+    return le64toh(s->absent[word] & has);
 }
 
-uint32_t spread_next(const struct spread_view *view, const uint8_t *bitmap, uint64_t random,
-                     bool *urgent)
+/* The source has few of the absent shards: looks at each of them. */
+static uint32_t rarest_of_few(const struct spread *s, const struct spread_offer *offer,
+                              uint64_t random)
 {
-    *urgent = false;
-    if (view->shards == 0) {
+    uint32_t best = SPREAD_NONE;
+    uint32_t best_group = offer->rarity_most + 1;
+    uint32_t alike = 0;
+    for (uint32_t word = 0; word < (s->shards + 63) / 64; word++) {
+        for (uint64_t bits = wanted_word(s, offer->bitmap, word); bits; bits &= bits - 1) {
+            uint32_t k = word * 64 + (uint32_t)__builtin_ctzll(bits);
+            uint32_t group = group_of(s, k);
+            if (group > best_group || (offer->far && s->near[k])) {
+                continue;
+            }
+            alike = group < best_group ? 1 : alike + 1;
+            /* Each of those alike with the same chance; the next step of the random sequence is Knuth's. */
+            random = random * 6364136223846793005ull + 1442695040888963407ull;
+            if (group < best_group || (random >> 33) % alike == 0) {
+                best = k;
+            }
+            best_group = group;
+        }
+    }
+    return best_group > offer->rarity_most ? SPREAD_NONE : best;
+}
+
+/* The source has many of them: from a random place in each group, it has the next one soon. */
+static uint32_t rarest_of_many(const struct spread *s, const struct spread_offer *offer,
+                               uint64_t random)
+{
+    for (uint32_t group = 0; group <= offer->rarity_most; group++) {
+        uint32_t first = s->first[group];
+        uint32_t count = s->first[group + 1] - first;
+        uint32_t start = count ? (uint32_t)(random % count) : 0;
+        for (uint32_t i = 0; i < count; i++) {
+            uint32_t k = s->order[first + (start + i < count ? start + i : start + i - count)];
+            if (may_spare(s, offer, k)) {
+                return k;
+            }
+        }
+    }
+    return SPREAD_NONE;
+}
+
+static uint32_t rarest_next(const struct spread *s, const struct spread_offer *offer,
+                            uint64_t random)
+{
+    uint32_t wanted = 0;
+    for (uint32_t word = 0; word < (s->shards + 63) / 64; word++) {
+        wanted += (uint32_t)__builtin_popcountll(wanted_word(s, offer->bitmap, word));
+    }
+    if (wanted == 0) {
         return SPREAD_NONE;
     }
-    uint32_t shard = demand_next(view, bitmap);
+    return wanted < 64 && wanted * 4 < spread_absent(s) ? rarest_of_few(s, offer, random)
+                                                        : rarest_of_many(s, offer, random);
+}
+
+uint32_t spread_next(const struct spread *s, const struct spread_want *want,
+                     const struct spread_offer *offer, uint64_t random, bool *urgent)
+{
+    *urgent = false;
+    if (spread_absent(s) == 0) {
+        return SPREAD_NONE;
+    }
+    uint32_t shard = demand_next(s, want, offer->bitmap);
     if (shard != SPREAD_NONE) {
         *urgent = true;
         return shard;
     }
-    if (!view->whole) {
+    if (!want->whole) {
         return SPREAD_NONE;
     }
-    shard = ahead_next(view, bitmap);
-    return shard != SPREAD_NONE ? shard : rarest_next(view, bitmap, random);
+    shard = ahead_next(s, want->cursor, offer);
+    return shard != SPREAD_NONE ? shard : rarest_next(s, offer, random);
 }
 
-uint32_t spread_window(uint64_t rate, uint32_t shard_size)
+/* ---- how much at once ---- */
+
+struct spread_window spread_window_new(uint16_t floor, uint16_t ceiling)
 {
-    /* 20 ms of what it delivers: several round trips and the time in which a lane gets back to it. */
-    uint64_t bytes = rate / 50;
-    if (bytes < SPREAD_WINDOW_BYTES) {
-        bytes = SPREAD_WINDOW_BYTES;
-    }
-    uint64_t shards = bytes / shard_size;
-    if (shards < SPREAD_WINDOW_MIN) {
-        return SPREAD_WINDOW_MIN;
-    }
-    return shards > SPREAD_WINDOW_MAX ? SPREAD_WINDOW_MAX : (uint32_t)shards;
+    return (struct spread_window){.width = floor, .floor = floor, .ceiling = ceiling};
 }
+
+void spread_window_took(struct spread_window *window, uint64_t ns)
+{
+    if (ns < SPREAD_QUICK_NS && window->width < window->ceiling) {
+        window->width++;
+    } else if (ns > SPREAD_SLOW_NS && window->width > window->floor) {
+        window->width--;
+    }
+}
+
+/* ---- neighbours ---- */
+
+unsigned spread_nearness(const char *ours, const char *theirs)
+{
+    if (!ours[0] || !theirs[0] || strcmp(ours, theirs) == 0) {
+        return 2;
+    }
+    size_t zone = strcspn(ours, "/");
+    return zone == strcspn(theirs, "/") && memcmp(ours, theirs, zone) == 0;
+}
+
+size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
+                               size_t neighbours, uint64_t random)
+{
+    if (neighbours >= SPREAD_NEIGHBOURS || count == 0) {
+        return count;
+    }
+    size_t nears = 0;
+    for (size_t i = 0; i < count; i++) {
+        nears += candidate_near[i];
+    }
+    /* Near ones first, but for the places that keep the localities connected. */
+    bool far_wanted = neighbours - near < SPREAD_FAR && nears < count &&
+                      (nears == 0 || random % SPREAD_NEIGHBOURS < SPREAD_FAR ||
+                       near >= SPREAD_NEIGHBOURS - SPREAD_FAR);
+    size_t eligible = far_wanted || nears == 0 ? count - nears : nears;
+    size_t pick = (random >> 8) % eligible;
+    for (size_t i = 0; i < count; i++) {
+        if (candidate_near[i] == !(far_wanted || nears == 0) && pick-- == 0) {
+            return i;
+        }
+    }
+    return count;
+}
+
+size_t spread_neighbour_drop(const struct spread_neighbour *neighbours, size_t count)
+{
+    uint64_t sum = 0;
+    size_t tried = 0;
+    size_t worst = count;
+    for (size_t i = 0; i < count; i++) {
+        const struct spread_neighbour *n = &neighbours[i];
+        if (n->gone) {
+            return i;
+        }
+        if (n->age_ms < SPREAD_TRIAL_MS || n->complete) {
+            continue;
+        }
+        sum += n->received;
+        tried++;
+        if (worst == count || n->received < neighbours[worst].received) {
+            worst = i;
+        }
+    }
+    bool poor = worst < count && tried > 1 && neighbours[worst].received < sum / tried / 4;
+    return poor ? worst : count;
+}
+
+/* ---- patience ---- */
 
 uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uint64_t random)
 {
@@ -106,4 +375,14 @@ uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uin
         delay = last;
     }
     return (uint32_t)(delay - (delay / 4 ? random % (delay / 4) : 0));
+}
+
+uint32_t spread_hedge_budget(uint32_t shards)
+{
+    return 2 + shards / 50;
+}
+
+bool spread_hedge_due(uint64_t ns, uint64_t usual_ns)
+{
+    return ns > SPREAD_HEDGE_NS && ns > usual_ns * 3;
 }

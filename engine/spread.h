@@ -1,8 +1,12 @@
-/* Spread: which shard to ask next, of whom, and how many at once.
+/* Spread: which shard to ask next, of whom, and how much at once.
  *
- * Pure functions over what the caller knows: no clock, no I/O, no lock, no memory of their own. Order: shards that a
- * reader waits for, first come first served; then read-ahead behind the reader's position; then rarest first, ties at
- * random (rarest first: B. Cohen, "Incentives Build Robustness in BitTorrent", 2003). */
+ * Decides only: no clock, no I/O, no lock; whoever calls brings time and randomness along, so a simulator runs the very
+ * same code. Order: shards that a reader waits for, first come first served; then read-ahead behind the reader's
+ * position; then rarest first, ties at random (rarest first: B. Cohen, "Incentives Build Robustness in BitTorrent",
+ * 2003). The absent shards are kept sorted by rarity, so that a HAVE costs O(1) and a choice a few steps.
+ *
+ * Rarity counts the neighbours that have a shard but not the whole version: complete ones have it anyway. So rarity 0
+ * is what only a complete holder can give, and that is what it is asked for first. */
 #ifndef P2PFS_ENGINE_SPREAD_H
 #define P2PFS_ENGINE_SPREAD_H
 
@@ -10,38 +14,93 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define SPREAD_NONE  UINT32_MAX
-#define SPREAD_AHEAD 8 /* shards of read-ahead that go before rarest first */
+#define SPREAD_NONE       UINT32_MAX
+#define SPREAD_AHEAD      8  /* shards of read-ahead that go before rarest first */
+#define SPREAD_RARITY_ANY 31 /* neighbours of a shard beyond so many make no difference */
 
 enum spread_shard_state { SPREAD_ABSENT, SPREAD_FILLING, SPREAD_PRESENT };
+
+/* Bitmaps of shards: bit k % 8 of byte k / 8, with so many bytes, the spare bits zero. */
+#define SPREAD_BITMAP_BYTES(shards) (((size_t)(shards) + 63) / 64 * 8)
+
+/* What one version still needs. */
+struct spread;
+
+int spread_open(uint32_t shards, struct spread **spread); /* all ABSENT; 0, -ENOMEM */
+void spread_close(struct spread *spread);                 /* NULL is harmless */
+enum spread_shard_state spread_state(const struct spread *spread, uint32_t shard);
+void spread_take(struct spread *spread, uint32_t shard); /* ABSENT -> FILLING */
+void spread_put(struct spread *spread, uint32_t shard);  /* FILLING -> ABSENT */
+void spread_land(struct spread *spread, uint32_t shard); /* ABSENT, FILLING -> PRESENT */
+uint32_t spread_absent(const struct spread *spread);     /* how many shards are ABSENT */
+/* A neighbour that is not complete has the shard (more), or has left (less). near: of the same locality. */
+void spread_more(struct spread *spread, uint32_t shard, bool near);
+void spread_less(struct spread *spread, uint32_t shard, bool near);
 
 struct spread_range {
     uint32_t first;
     uint32_t last; /* inclusive */
 };
-
-struct spread_view {
-    uint32_t shards;
-    const uint8_t *states;             /* shards x enum spread_shard_state */
-    const uint16_t *rarity;            /* known sources for each shard; NULL: all alike */
+struct spread_want {
     const struct spread_range *demand; /* what readers wait for, in order of arrival */
     size_t demand_count;
     uint32_t cursor; /* the shard that a reader wanted last, SPREAD_NONE: none */
     bool whole;      /* fetch everything, not only demand */
 };
+struct spread_offer {
+    const uint8_t *bitmap; /* what the source has; NULL: all */
+    uint32_t rarity_most;  /* leave commoner shards to others; SPREAD_RARITY_ANY: no bound */
+    bool far;              /* leave what a near neighbour has to that one */
+};
+/* The next shard to ask of a source, or SPREAD_NONE; it stays ABSENT. *urgent: a reader waits for it, and neither
+ * rarity_most nor far count. */
+uint32_t spread_next(const struct spread *spread, const struct spread_want *want,
+                     const struct spread_offer *offer, uint64_t random, bool *urgent);
 
-/* The next shard to ask of a source that has the shards in `bitmap` (bit k % 8 of byte k / 8; NULL: all), or
- * SPREAD_NONE. *urgent: a reader waits for it. `random` decides ties. */
-uint32_t spread_next(const struct spread_view *view, const uint8_t *bitmap, uint64_t random,
-                     bool *urgent);
+/* How much may be on its way at once: a window in shards that opens while shards come quickly (the path has room) and
+ * closes down to its floor while they take long (they queue somewhere). */
+struct spread_window {
+    uint16_t width;
+    uint16_t floor;
+    uint16_t ceiling;
+};
+struct spread_window spread_window_new(uint16_t floor, uint16_t ceiling);
+void spread_window_took(struct spread_window *window, uint64_t ns); /* from grant to landed */
+#define SPREAD_URGENT_EXTRA 2 /* urgent shards may go so far beyond a window */
 
-/* How many shards may be in flight at one source: enough bytes to cover `rate` (bytes/s, 0: not known yet) for the
- * time that a grant takes, at least 2 and at most 16. Urgent ones may go SPREAD_URGENT_EXTRA beyond it. */
-#define SPREAD_URGENT_EXTRA 2
-uint32_t spread_window(uint64_t rate, uint32_t shard_size);
+/* ---- neighbours ---- */
+
+#define SPREAD_NEIGHBOURS 16 /* a version's sources on one node */
+#define SPREAD_FAR        4 /* of which so many of other localities, when there are near ones enough */
+
+/* How near: 2 the same locality ("zone/rack"), 1 the same zone, 0 another or not known. Equal texts without a '/' are
+ * the same locality; an empty one is near everybody, so that nodes that say nothing are all alike. */
+unsigned spread_nearness(const char *ours, const char *theirs);
+
+/* Which candidate to take as the next neighbour, or `count`. near: how many of the present neighbours are near;
+ * neighbours: all of them. */
+size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
+                               size_t neighbours, uint64_t random);
+
+struct spread_neighbour {
+    bool gone;         /* no link, or it said that it has nothing */
+    bool complete;     /* has everything */
+    uint64_t received; /* bytes of shards in the last period */
+    uint64_t age_ms;   /* since it became a neighbour */
+};
+/* Whom to give up for a new one when the set is full, or `count`: who is gone; else who gave the least in the last
+ * period, if it had its chance and gave under a quarter of the average. A complete one is kept. */
+size_t spread_neighbour_drop(const struct spread_neighbour *neighbours, size_t count);
+
+/* ---- patience ---- */
 
 /* Milliseconds to leave a source alone after its n-th failure in a row (n >= 1): doubles from `first`, at most `last`,
  * less up to a quarter by `random` so that pullers do not come back together. */
 uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uint64_t random);
+
+/* How many shards of a version may be asked twice, and whether one that has been on its way for `ns` is late enough to
+ * be, where one usually takes `usual_ns`. */
+uint32_t spread_hedge_budget(uint32_t shards);
+bool spread_hedge_due(uint64_t ns, uint64_t usual_ns);
 
 #endif

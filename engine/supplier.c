@@ -44,9 +44,6 @@ struct supplier {
     uint64_t pinged_ns;
     uint64_t idle_ns; /* nobody attached since; 0: somebody is */
     uint32_t failures;
-    uint64_t window_ns; /* rate: the running window's begin and bytes */
-    uint64_t window_bytes;
-    uint64_t rate;
     bool blocked;       /* the send queue was full */
     bool greeting_owed; /* HELLO or PROOF still has to go out */
     struct wire_message greeting;
@@ -94,9 +91,9 @@ const struct model_node *supplier_node(struct supplier *supplier)
     return &supplier->node;
 }
 
-uint64_t supplier_rate(const struct supplier *supplier)
+uint64_t supplier_heard_ns(const struct supplier *supplier)
 {
-    return supplier->rate;
+    return supplier->heard_ns;
 }
 
 static int message_send(struct supplier *s, const struct wire_message *message)
@@ -146,7 +143,6 @@ static void link_end(struct supplier *s, int error)
     s->state = SUPPLIER_IDLE;
     s->greeting_owed = false;
     s->blocked = false;
-    s->rate = 0;
     s->owed_count = 0;
     while (s->requests) {
         struct request *request = s->requests;
@@ -313,6 +309,7 @@ int supplier_ask(struct attachment *attachment, struct request *request)
     request->attachment = attachment;
     request->fetching = false;
     request->fetch.id = s->next_request;
+    request->fetch.urgent = request->urgent;
     request->fetch.landed = 0;
     struct wire_message ask = {.type = WIRE_ASK,
                                .handle = attachment->handle,
@@ -425,6 +422,17 @@ static void granted(struct supplier *s, const struct wire_message *message)
     }
 }
 
+static struct request *request_of(struct supplier *s, const struct attachment *attachment)
+{
+    struct request *request;
+    DL_FOREACH(s->requests, request) {
+        if (request->attachment == attachment) {
+            return request;
+        }
+    }
+    return NULL;
+}
+
 static void gone(struct supplier *s, const struct wire_message *message)
 {
     if (message->request) {
@@ -441,17 +449,14 @@ static void gone(struct supplier *s, const struct wire_message *message)
     if (!attachment) {
         return;
     }
+    attachment->ops->gone(attachment, message->reason); /* first, so that nothing new is asked */
     struct request *request;
-    struct request *next;
-    DL_FOREACH_SAFE(s->requests, request, next) {
-        if (request->attachment == attachment) {
-            if (request->fetching) {
-                s->lane->transport->ops->cancel(s->link, &request->fetch);
-            }
-            request_end(s, request, -ENOENT, 0);
+    while ((request = request_of(s, attachment))) { /* ending one may cancel others */
+        if (request->fetching) {
+            s->lane->transport->ops->cancel(s->link, &request->fetch);
         }
+        request_end(s, request, -ENOENT, 0);
     }
-    attachment->ops->gone(attachment, message->reason);
 }
 
 static void attachment_message(struct supplier *s, const struct wire_message *message)
@@ -468,12 +473,32 @@ static void attachment_message(struct supplier *s, const struct wire_message *me
         attachment->ops->digests(attachment, message->first, message->count, message->digest_size,
                                  message->digests);
         break;
+    case WIRE_PEERS:
+        for (size_t i = 0, at = 0; i < message->count; i++) {
+            char node[MODEL_NODE_MAX + 1];
+            uint64_t boot;
+            at = wire_peer_get(message, at, node, &boot);
+            attachment->ops->referred(attachment, node, boot);
+        }
+        break;
     default:
         for (uint32_t i = 0; i < message->count && attachment->supplier; i++) {
             attachment->ops->have(attachment, wire_have_shard(message, i));
         }
         break;
     }
+}
+
+static void busy(struct supplier *s, const struct wire_message *message)
+{
+    struct request *request = request_find(s, message->request);
+    if (!request || request->fetching) {
+        return; /* cancelled meanwhile */
+    }
+    if (message->count) {
+        request->attachment->ops->advised(request->attachment, message);
+    }
+    request_end(s, request, -EBUSY, message->retry_ms);
 }
 
 void supplier_message(struct link *link, const void *bytes, size_t length)
@@ -500,18 +525,15 @@ void supplier_message(struct link *link, const void *bytes, size_t length)
     case WIRE_ATTACHED:
     case WIRE_DIGESTS:
     case WIRE_HAVE:
+    case WIRE_PEERS:
         attachment_message(s, &message);
         break;
     case WIRE_GRANT:
         granted(s, &message);
         break;
-    case WIRE_BUSY: {
-        struct request *request = request_find(s, message.request);
-        if (request && !request->fetching) {
-            request_end(s, request, -EBUSY, message.retry_ms);
-        }
+    case WIRE_BUSY:
+        busy(s, &message);
         break;
-    }
     case WIRE_GONE:
         gone(s, &message);
         break;
@@ -541,7 +563,6 @@ void supplier_fetch_done(struct link *link, struct transport_fetch *fetch, int s
     struct supplier *s = link->user;
     struct request *request = util_container(fetch, struct request, fetch);
     if (status == 0) {
-        s->window_bytes += fetch->length;
         atomic_fetch_add(&s->peer->received, fetch->length);
         atomic_fetch_add(&s->lane->engine->counters.bytes_received, fetch->length);
     }
@@ -568,23 +589,8 @@ void supplier_writable(struct link *link)
 
 /* ---- time ---- */
 
-static void rate_update(struct supplier *s, uint64_t now)
-{
-    uint64_t span = now - s->window_ns;
-    if (span < 200000000ull) {
-        return;
-    }
-    uint64_t rate = s->window_bytes * 1000000000ull / span;
-    if (s->window_bytes) {
-        s->rate = s->rate ? (s->rate * 3 + rate) / 4 : rate;
-    }
-    s->window_bytes = 0;
-    s->window_ns = now;
-}
-
 static void ready_tick(struct supplier *s, uint64_t now)
 {
-    rate_update(s, now);
     owed_send(s);
     struct attachment *attachment;
     DL_FOREACH(s->attachments, attachment) {

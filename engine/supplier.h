@@ -24,6 +24,11 @@ struct attachment_ops {
     void (*have)(struct attachment *attachment, uint32_t shard);
     void (*digests)(struct attachment *attachment, uint32_t first, uint32_t count, size_t size,
                     const uint8_t *digests);
+    /* BUSY named shards that it would rather give (wire_have_shard); the request ends right behind. */
+    void (*advised)(struct attachment *attachment, const struct wire_message *message);
+    /* It named another node that pulls or holds the version. */
+    void (*referred)(struct attachment *attachment, const char *node, uint64_t boot);
+    /* Its requests end right behind. */
     void (*gone)(struct attachment *attachment,
                  enum wire_reason reason); /* not any more; may attach again later */
     void (*lost)(
@@ -63,7 +68,7 @@ struct request {
 struct supplier *supplier_get(struct lane *lane, const struct model_node *node);
 struct peer *supplier_peer(struct supplier *supplier);
 const struct model_node *supplier_node(struct supplier *supplier);
-uint64_t supplier_rate(const struct supplier *supplier); /* bytes/s, smoothed; 0: not known yet */
+uint64_t supplier_heard_ns(const struct supplier *supplier); /* when it last said anything */
 
 void supplier_attach(struct supplier *supplier, struct attachment *attachment);
 /* Its requests must have ended or been cancelled. */

@@ -10,11 +10,12 @@
 
 #include "meta/base/buf.h"
 #include "meta/base/log.h"
+#include "meta/base/util.h"
 
 static const uint8_t preface[TCP_PREFACE_BYTES] = {'p', '2', 'p', 'f', 't', 'c', 'p', '1'};
 static const uint8_t zeros[64 << 10];
 
-enum progress { IDLE, BLOCKED, MORE };
+enum progress { IDLE, BLOCKED, PAUSED, MORE };
 
 // -- The queue ------------------------------------------------------------------------------------
 
@@ -139,6 +140,84 @@ void tcp_link_push(struct tcp_link *link)
         queue_write(link, 0);
 }
 
+// -- Limits ---------------------------------------------------------------------------------------
+
+/* What the loop is to wait for: neither direction turns over a socket while a limit makes it wait. */
+static void link_watch(struct tcp_link *link)
+{
+    uint32_t events = (link->in.waits ? POLLRDHUP : POLLIN) | (link->blocked ? POLLOUT : 0);
+    if (loop_watch_set(link->base.transport->loop, &link->watch, events) < 0)
+        tcp_link_break(link, -ENOMEM, "out of memory");
+}
+
+/* Nothing moves this way: others need not wait for it. */
+static void pace_stop(struct tcp_link *link, struct tcp_pace *pace)
+{
+    loop_timer_clear(link->base.transport->loop, &pace->timer);
+    pace->waits = false;
+    if (pace->bucket)
+        bucket_leave(pace->bucket, &pace->ticket);
+}
+
+/* How many shard bytes may move now, SIZE_MAX: as many as there are. 0: the timer tells when. */
+static size_t pace_credit(struct tcp_link *link, struct tcp_pace *pace, bool urgent)
+{
+    if (!pace->bucket || bucket_rate(pace->bucket) == 0) {
+        pace_stop(link, pace);
+        return SIZE_MAX;
+    }
+    if (pace->credit > 0)
+        return pace->credit;
+    uint64_t wait_ns = 0;
+    pace->credit =
+        bucket_take(pace->bucket, &pace->ticket, TCP_SLICE_BYTES, urgent, util_now_ns(), &wait_ns);
+    pace->waits = pace->credit == 0;
+    if (!pace->waits)
+        loop_timer_clear(link->base.transport->loop, &pace->timer);
+    else if (loop_timer_set(link->base.transport->loop, &pace->timer, wait_ns) < 0)
+        tcp_link_break(link, -ENOMEM, "out of memory");
+    return pace->credit;
+}
+
+static void pace_spend(struct tcp_pace *pace, size_t bytes)
+{
+    pace->credit -= bytes < pace->credit ? bytes : pace->credit;
+}
+
+static void out_due(struct loop_timer *timer)
+{
+    struct tcp_link *link = util_container(timer, struct tcp_link, out.timer);
+    link->out.waits = false;
+    if (link->state == TCP_OPEN)
+        tcp_link_write(link);
+}
+
+static void in_due(struct loop_timer *timer)
+{
+    struct tcp_link *link = util_container(timer, struct tcp_link, in.timer);
+    link->in.waits = false;
+    if (link->state == TCP_OPEN)
+        tcp_link_read(link);
+    if (!link->dead && link->state == TCP_OPEN)
+        link_watch(link);
+}
+
+void tcp_link_pace(struct tcp_link *link)
+{
+    struct tcp_transport *t = tcp_transport_of(link->base.transport);
+    link->out = (struct tcp_pace){.bucket = t->upload, .timer.due = out_due};
+    link->in = (struct tcp_pace){.bucket = t->download, .timer.due = in_due};
+}
+
+void tcp_link_unpace(struct tcp_link *link)
+{
+    struct tcp_pace *both[] = {&link->out, &link->in};
+    for (int i = 0; i < 2; i++) {
+        pace_stop(link, both[i]);
+        both[i]->bucket = NULL;
+    }
+}
+
 // -- Exposed regions ------------------------------------------------------------------------------
 
 static struct tcp_exposure *exposure_find(struct tcp_link *link, uint32_t id,
@@ -220,20 +299,28 @@ static void exposure_quiet(struct tcp_link *link, struct tcp_exposure *e, bool f
     end_put(link, e->id, failed);
 }
 
-/* Begins the next slice: urgent ones first, else in turns. False: there is nothing to send. */
-static bool slice_next(struct tcp_link *link)
+/* Begins the next slice: urgent ones first, else in turns. A limit is asked before, never within a slice, for messages
+ * would wait behind it. */
+static enum progress slice_next(struct tcp_link *link)
 {
     struct tcp_exposure *e = link->urgent ? link->urgent : link->normal;
-    if (!e)
-        return false;
+    if (!e) {
+        pace_stop(link, &link->out);
+        return IDLE;
+    }
+    size_t most = pace_credit(link, &link->out, link->urgent != NULL);
+    if (most == 0)
+        return PAUSED;
     size_t length = e->length - e->sent;
     if (length > TCP_SLICE_BYTES)
         length = TCP_SLICE_BYTES;
+    if (length > most)
+        length = most;
     link->slice.exposure = e;
     link->slice.head_sent = 0;
     link->slice.left = length;
     head_put(link->slice.head, TCP_DATA, e->id, (uint32_t)length, e->sent);
-    return true;
+    return MORE;
 }
 
 /* After a slice: all of it has been handed over, or its turn is over and another one's begins. A turn is many slices
@@ -246,7 +333,8 @@ static void slice_over(struct tcp_link *link)
         return;
     if (e->sent < e->length) {
         struct tcp_exposure **list = link->urgent == e ? &link->urgent : &link->normal;
-        if (e->sent % TCP_SHARE_BYTES == 0) {
+        if (e->turn >= TCP_SHARE_BYTES) {
+            e->turn = 0;
             DL_DELETE(*list, e);
             DL_APPEND(*list, e);
         }
@@ -308,8 +396,10 @@ static enum progress slice_write(struct tcp_link *link, size_t *budget)
             return write_failed(link, errno);
         link->slice.left -= (size_t)n;
         *budget -= (size_t)n;
+        pace_spend(&link->out, (size_t)n);
         if (e) {
             e->sent += (size_t)n;
+            e->turn += (size_t)n;
             link->base.sent += (uint64_t)n;
         }
     }
@@ -328,11 +418,10 @@ static enum progress frame_next(struct tcp_link *link)
     }
     if (p == BLOCKED)
         return BLOCKED;
-    if (!slice_next(link))
-        return IDLE;
-    if (link->slice.left == 0)
+    p = slice_next(link);
+    if (p == MORE && link->slice.left == 0)
         slice_over(link); // an empty region is its END alone
-    return MORE;
+    return p;
 }
 
 void tcp_link_write(struct tcp_link *link)
@@ -343,9 +432,8 @@ void tcp_link_write(struct tcp_link *link)
         p = link->slice.left > 0 ? slice_write(link, &budget) : frame_next(link);
     if (link->dead || link->state != TCP_OPEN)
         return;
-    if (loop_watch_set(link->base.transport->loop, &link->watch,
-                       POLLIN | (p == BLOCKED ? POLLOUT : 0)) < 0)
-        tcp_link_break(link, -ENOMEM, "out of memory");
+    link->blocked = p == BLOCKED;
+    link_watch(link);
 }
 
 // -- Receiving ------------------------------------------------------------------------------------
@@ -514,28 +602,27 @@ static void stage_parse(struct tcp_link *link)
     }
 }
 
-/* Receives once. Into the fetch's memory and, behind the slice, into the stage; `wanted` gets what would have fitted. */
-static ssize_t receive(struct tcp_link *link, size_t *wanted)
+/* Receives once, at most `most` bytes (> 0). Into the fetch's memory and, behind the slice, into the stage; `wanted`
+ * gets what would have fitted. */
+static ssize_t receive(struct tcp_link *link, size_t most, size_t *wanted)
 {
     int fd = link->watch.fd;
-    if (link->body_left > 0 && !link->body) {
-        *wanted = link->body_left;
-        return recv(fd, NULL, link->body_left,
-                    MSG_DONTWAIT | MSG_TRUNC); // TCP: drops without a copy
-    }
+    size_t body = link->body_left < most ? link->body_left : most;
+    *wanted = body;
+    if (body > 0 && !link->body)
+        return recv(fd, NULL, body, MSG_DONTWAIT | MSG_TRUNC); // TCP: drops without a copy
     struct iovec pieces[2];
     struct msghdr header = {.msg_iov = pieces};
-    *wanted = 0;
-    if (link->body_left > 0) {
+    if (body > 0)
         pieces[header.msg_iovlen++] = (struct iovec){
             .iov_base = (uint8_t *)link->body->destination + link->body->landed,
-            .iov_len = link->body_left,
+            .iov_len = body,
         };
-        *wanted = link->body_left;
-    }
     size_t room = TCP_STAGE_BYTES - link->stage_end;
     if (link->body_left > 0 && room > TCP_TAIL_BYTES)
         room = TCP_TAIL_BYTES; // more would be payload of the next slice, which had to be copied
+    if (room > most - body)
+        room = most - body;
     pieces[header.msg_iovlen++] = (struct iovec){
         .iov_base = link->stage + link->stage_end,
         .iov_len = room,
@@ -557,12 +644,31 @@ static void received(struct tcp_link *link, size_t length)
         stage_parse(link);
 }
 
+/* Where only messages come, nothing is limited. */
+static size_t read_credit(struct tcp_link *link)
+{
+    if (!link->fetches && link->body_left == 0) {
+        pace_stop(link, &link->in);
+        return SIZE_MAX;
+    }
+    bool urgent = false;
+    for (struct transport_fetch *fetch = link->fetches; fetch && !urgent; fetch = fetch->next)
+        urgent = fetch->urgent;
+    return pace_credit(link, &link->in, urgent);
+}
+
 void tcp_link_read(struct tcp_link *link)
 {
     size_t budget = TCP_TURN_BYTES;
     while (budget > 0 && !link->dead && link->state == TCP_OPEN) {
         size_t wanted;
-        ssize_t n = receive(link, &wanted);
+        size_t most = read_credit(link);
+        if (most == 0) {
+            if (link->state == TCP_OPEN)
+                link_watch(link);
+            return;
+        }
+        ssize_t n = receive(link, most, &wanted);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)
@@ -576,6 +682,7 @@ void tcp_link_read(struct tcp_link *link)
                            link->greeted ? "" : " before it said anything");
             return;
         }
+        pace_spend(&link->in, (size_t)n);
         received(link, (size_t)n);
         budget -= (size_t)n < budget ? (size_t)n : budget;
         if ((size_t)n < wanted)

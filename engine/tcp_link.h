@@ -14,15 +14,15 @@
 #ifndef P2PFS_ENGINE_TCP_LINK_H
 #define P2PFS_ENGINE_TCP_LINK_H
 
+#include "engine/bucket.h"
 #include "engine/mailbox.h"
 #include "engine/tcp_socket.h"
 #include "engine/transport.h"
 
-#define TCP_PREFACE_BYTES 8
-#define TCP_HEAD_BYTES    20
-#define TCP_SLICE_BYTES   (1u << 20) /* payload of one DATA frame */
-#define TCP_SHARE_BYTES \
-    (8u << 20) /* of one exposure, a multiple of slices, before another's turn */
+#define TCP_PREFACE_BYTES    8
+#define TCP_HEAD_BYTES       20
+#define TCP_SLICE_BYTES      (1u << 20) /* payload of one DATA frame */
+#define TCP_SHARE_BYTES      (8u << 20) /* of one exposure, before another's turn */
 #define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
 #define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
 #define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
@@ -38,14 +38,26 @@ struct tcp_exposure {
     off_t offset;
     size_t length;
     size_t sent;
+    size_t turn; /* bytes of its turn that have left */
     struct tcp_exposure *prev, *next;
+};
+
+/* One direction of a link under a limit: shard bytes move as far as there is credit; without, the link stands in the
+ * bucket's line until the timer is due. */
+struct tcp_pace {
+    struct bucket *bucket; /* NULL: no limit */
+    struct bucket_ticket ticket;
+    size_t credit;
+    struct loop_timer timer;
+    bool waits; /* the timer is set */
 };
 
 struct tcp_transport {
     struct transport base;
     struct tcp_tuning tuning;
-    struct mailbox *mailbox; /* names found, connections handed over */
-    struct loop_timer turn;  /* always set, so that moving it cannot fail */
+    struct bucket *upload, *download; /* or NULL */
+    struct mailbox *mailbox;          /* names found, connections handed over */
+    struct loop_timer turn;           /* always set, so that moving it cannot fail */
     struct tcp_link *links;
     struct tcp_link *marked; /* have something to do in the next turn */
     struct tcp_link *dead;
@@ -68,6 +80,8 @@ struct tcp_link {
     bool dead;
     bool told; /* `down` has been called */
     struct loop_watch watch;
+    bool blocked; /* the socket takes no more: POLLOUT tells when it does */
+    struct tcp_pace out, in;
 
     struct tcp_addresses addresses; /* outgoing: to try, from address_next on */
     unsigned address_next;
@@ -121,6 +135,8 @@ void tcp_link_read(struct tcp_link *link);
 void tcp_link_write(struct tcp_link *link);
 void tcp_link_push(struct tcp_link *link);   /* what of the queue goes without waiting */
 void tcp_link_forget(struct tcp_link *link); /* frees buffers and exposures */
+void tcp_link_pace(struct tcp_link *link);   /* takes the transport's limits, when it is made */
+void tcp_link_unpace(struct tcp_link *link); /* leaves their lines */
 
 int tcp_link_send(struct link *link, const void *message, size_t length);
 int tcp_link_expose(struct link *link, uint32_t id, const struct transport_region *region,

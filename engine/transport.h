@@ -45,6 +45,7 @@ struct transport_fetch {
     void *destination;
     size_t length;
     uint32_t id;
+    bool urgent;       /* goes before others where a limit makes them wait */
     size_t landed;     /* bytes that have arrived as a prefix without gaps */
     struct link *link; /* the rest is the transport's */
     struct transport_fetch *next;
@@ -71,10 +72,15 @@ struct transport_events {
     void (*down)(struct link *link, int error, const char *reason);
 };
 
+struct bucket;
+
 struct transport_config {
     const char *
         congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
     uint32_t buffer_bytes; /* TCP: SO_SNDBUF and SO_RCVBUF, 0: the transport's default */
+    /* Limits of the bytes of shards, shared with other instances and borrowed; NULL: none. Messages do not count. */
+    struct bucket *upload;
+    struct bucket *download;
 };
 
 struct transport_ops {

@@ -43,6 +43,7 @@ static void link_disconnect(struct tcp_link *link)
 {
     struct loop *loop = link->base.transport->loop;
     loop_timer_clear(loop, &link->patience);
+    tcp_link_unpace(link);
     loop_watch_clear(loop, &link->watch);
     if (link->watch.fd >= 0)
         close(link->watch.fd);
@@ -98,6 +99,8 @@ static void link_ready(struct loop_watch *watch, uint32_t ready)
             tcp_link_write(link);
         return;
     }
+    if (ready & ~(uint32_t)(POLLOUT | POLLIN))
+        tcp_link_unpace(link); // it ends: what is left comes now, or the loop would turn over it
     if (ready & ~(uint32_t)POLLOUT)
         tcp_link_read(link);
     if (!link->dead && link->state == TCP_OPEN && (ready & POLLOUT))
@@ -122,6 +125,7 @@ static struct tcp_link *link_new(struct tcp_transport *t)
     link->watch.fd = -1;
     link->watch.ready = link_ready;
     link->patience.due = link_impatient;
+    tcp_link_pace(link);
     if (tcp_link_greet(link) < 0) {
         tcp_link_forget(link);
         free(link);
@@ -432,6 +436,8 @@ static int tcp_open(struct loop *loop, const struct transport_config *config,
     t->listen_again.due = listener_again;
     t->listener.fd = -1;
     t->listener.ready = listener_ready;
+    t->upload = config ? config->upload : NULL;
+    t->download = config ? config->download : NULL;
     int r = tcp_tuning_from(config, &t->tuning);
     if (r < 0)
         goto free_transport;

@@ -300,14 +300,71 @@ static void get_grant(struct buf *b, struct wire_message *m)
 
 static void put_busy(struct buf *b, const struct wire_message *m)
 {
+    if (m->count > WIRE_ADVICE_MAX) {
+        b->bad = true;
+        return;
+    }
     buf_put_u32(b, m->request);
     buf_put_u32(b, m->retry_ms);
+    buf_put_u8(b, (uint8_t)m->count);
+    buf_put_bytes(b, m->shards, (size_t)m->count * 4);
 }
 
 static void get_busy(struct buf *b, struct wire_message *m)
 {
     m->request = get_nonzero(b);
     m->retry_ms = buf_get_u32(b);
+    m->count = buf_get_u8(b);
+    if (m->count > WIRE_ADVICE_MAX)
+        b->bad = true;
+    if (!b->bad)
+        m->shards = buf_get_view(b, (size_t)m->count * 4);
+}
+
+static void put_peers(struct buf *b, const struct wire_message *m)
+{
+    if (m->count > WIRE_PEERS_MAX) {
+        b->bad = true;
+        return;
+    }
+    buf_put_u32(b, m->handle);
+    buf_put_u8(b, (uint8_t)m->count);
+    buf_put_bytes(b, m->peers, m->peers_length);
+}
+
+static void get_peers(struct buf *b, struct wire_message *m)
+{
+    char node[MODEL_NODE_MAX + 1];
+    m->handle = buf_get_u32(b);
+    m->count = buf_get_u8(b);
+    if (m->count > WIRE_PEERS_MAX)
+        b->bad = true;
+    size_t begin = b->at;
+    for (uint32_t i = 0; i < m->count && !b->bad; i++) {
+        get_node(b, node);
+        (void)buf_get_u64(b);
+    }
+    if (!b->bad) {
+        m->peers = b->data + begin;
+        m->peers_length = b->at - begin;
+    }
+}
+
+size_t wire_peer_put(uint8_t *peers, size_t at, const char *node, uint64_t boot)
+{
+    struct buf b = buf_over(peers + at, WIRE_PEER_BYTES);
+    buf_put_string(&b, node);
+    buf_put_u64(&b, boot);
+    return at + b.at;
+}
+
+size_t wire_peer_get(const struct wire_message *message, size_t at, char node[MODEL_NODE_MAX + 1],
+                     uint64_t *boot)
+{
+    struct buf b = buf_over((void *)(message->peers + at), message->peers_length - at);
+    buf_get_string(&b, node, MODEL_NODE_MAX + 1);
+    *boot = buf_get_u64(&b);
+    return at + b.at;
 }
 
 static void put_gone(struct buf *b, const struct wire_message *m)
@@ -370,6 +427,7 @@ static const struct format formats[WIRE_PONG + 1] = {
     [WIRE_GRANT] = {put_grant, get_grant},
     [WIRE_BUSY] = {put_busy, get_busy},
     [WIRE_GONE] = {put_gone, get_gone},
+    [WIRE_PEERS] = {put_peers, get_peers},
     [WIRE_DONE] = {put_done, get_done},
     [WIRE_DETACH] = {put_detach, get_detach},
     [WIRE_PING] = {put_token, get_token},

@@ -14,14 +14,16 @@
  *                                       HAVE     handle, shards...              (as they land there)
  *   ASK     handle, request, shard, urgent
  *                                       GRANT    request, length, digest, descriptor
- *                                       BUSY     request, retry_ms
+ *                                       BUSY     request, retry_ms, shards...   (what to ask for instead, if any)
  *                                       GONE     handle, request, reason        (request 0: the whole version)
+ *                                       PEERS    handle, {node, boot}...        (who else pulls or holds the version)
  *   DONE    request                     (landed and verified, or given up: the holder lets go of the bytes)
  *   DETACH  handle
  *   PING    token                       PONG     token                          (either side)
  *
  * handle: chosen by the puller, names an attached version on this link. request: chosen by the puller, unique among
- * its open requests on the link, never 0; it is also the transport's fetch id.
+ * its open requests on the link, never 0; it is also the transport's fetch id. PEERS names nodes, not addresses: those
+ * are taken from the metadata, so that nobody can be sent to a stranger.
  * Encoders: the message's length, or -EMSGSIZE. Decoders: 0, -EBADMSG, -EPROTONOSUPPORT (HELLO and WELCOME of another
  * protocol version; `protocol` is then set). Pointers in a decoded message borrow from the buffer. Any thread. */
 #ifndef P2PFS_ENGINE_WIRE_H
@@ -42,6 +44,8 @@
 #define WIRE_SHARDS_MAX  524160 /* shards of a version: their bitmap fits into one ATTACHED */
 #define WIRE_HAVE_MAX    1024   /* shards in one HAVE */
 #define WIRE_DIGESTS_MAX 1024   /* digests in one DIGESTS */
+#define WIRE_ADVICE_MAX  16     /* shards in one BUSY */
+#define WIRE_PEERS_MAX   16     /* nodes in one PEERS */
 
 enum wire_type {
     WIRE_HELLO = 1,
@@ -55,6 +59,7 @@ enum wire_type {
     WIRE_GRANT,
     WIRE_BUSY,
     WIRE_GONE,
+    WIRE_PEERS,
     WIRE_DONE,
     WIRE_DETACH,
     WIRE_PING,
@@ -81,16 +86,18 @@ struct wire_message {
     uint32_t request;
     struct model_id version; /* ATTACH */
     bool complete;           /* ATTACHED */
-    uint32_t count;          /* ATTACHED: shards of the version; DIGESTS, HAVE: items */
+    uint32_t count; /* ATTACHED: shards of the version; DIGESTS, HAVE, BUSY, PEERS: items */
     const uint8_t
         *bitmap;    /* ATTACHED, not complete: (count + 7) / 8 bytes, bit k % 8 of byte k / 8 */
     uint32_t first; /* DIGESTS */
     uint8_t digest_size;    /* DIGESTS, GRANT */
     const uint8_t *digests; /* DIGESTS: count * digest_size bytes; GRANT: one, or digest_size 0 */
-    const uint8_t *shards;  /* HAVE: count big-endian u32 */
-    uint32_t shard;         /* ASK */
-    bool urgent;            /* ASK */
-    uint64_t length;        /* GRANT */
+    const uint8_t *shards;  /* HAVE, BUSY: count big-endian u32 */
+    const uint8_t *peers;   /* PEERS: count entries, read by wire_peer_get */
+    size_t peers_length;
+    uint32_t shard;                         /* ASK */
+    bool urgent;                            /* ASK */
+    uint64_t length;                        /* GRANT */
     struct transport_descriptor descriptor; /* GRANT */
     uint32_t retry_ms;                      /* BUSY */
     enum wire_reason reason;                /* GONE */
@@ -101,5 +108,10 @@ ssize_t wire_encode(const struct wire_message *message, void *out, size_t size);
 int wire_decode(const void *bytes, size_t length, struct wire_message *out);
 uint32_t wire_have_shard(const struct wire_message *message, uint32_t index);
 void wire_have_put(uint8_t *shards, uint32_t index, uint32_t shard);
+/* An entry of PEERS at `at` bytes (0: the first) into or out of `peers`; returns where the next one begins. */
+#define WIRE_PEER_BYTES (MODEL_NODE_MAX + 10) /* of the longest */
+size_t wire_peer_put(uint8_t *peers, size_t at, const char *node, uint64_t boot);
+size_t wire_peer_get(const struct wire_message *message, size_t at, char node[MODEL_NODE_MAX + 1],
+                     uint64_t *boot);
 
 #endif

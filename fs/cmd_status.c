@@ -37,6 +37,17 @@ static void node_rows(struct cmd_grid *grid, const struct json *status)
     cmd_grid_put(grid, "%llu live", number(status, "peers_live"));
 }
 
+/* Only a limit is worth a line. */
+static void rate_row(struct cmd_grid *grid, const char *label, uint64_t rate)
+{
+    char text[32];
+    if (rate == 0)
+        return;
+    util_size_print(rate, text, sizeof(text));
+    cmd_grid_put(grid, "%s", label);
+    cmd_grid_put(grid, "at most %s/s", text);
+}
+
 static void engine_rows(struct cmd_grid *grid, const struct json *status)
 {
     char used[32], limit[32], bytes[32], in[32], out[32];
@@ -59,6 +70,8 @@ static void engine_rows(struct cmd_grid *grid, const struct json *status)
     cmd_grid_put(grid, "moving:");
     cmd_grid_put(grid, "%llu pulls running, %llu readers waiting; %s received, %s served",
                  number(status, "pulls_running"), number(status, "readers_waiting"), in, out);
+    rate_row(grid, "upload:", json_u64(status, "max_upload"));
+    rate_row(grid, "download:", json_u64(status, "max_download"));
     const char *transport = json_item_text(json_first(json_member(status, "transports")));
     cmd_grid_put(grid, "how:");
     cmd_grid_put(grid, "%s, %llu lanes on %s, fetch=%s", transport, number(status, "lanes"),

@@ -411,6 +411,7 @@ static const struct op ops[] = {
     {.name = "pull", .changes = true, .run = control_op_pull},
     {.name = "progress", .run = control_op_progress},
     {.name = "evict", .changes = true, .run = control_op_evict},
+    {.name = "limit", .changes = true, .run = control_op_limit},
     {.name = "pin", .changes = true, .run = control_op_pin},
     {.name = "unpin", .changes = true, .run = control_op_unpin},
 };

@@ -8,10 +8,42 @@
 #include <unistd.h>
 
 #include "fs/control_parts.h"
+#include "meta/base/log.h"
 #include "meta/base/util.h"
 
 #define LINGER_MS      200
 #define LINGER_LOOK_MS 5
+
+/* ---- limits ---- */
+
+/* What is not given stays as it is. */
+void control_op_limit(struct control_call *call)
+{
+    struct engine *engine = call->control->house->engine;
+    struct engine_stats stats;
+    engine_stats(engine, &stats);
+    const char *const keys[] = {"upload", "download"};
+    uint64_t rates[] = {stats.max_upload, stats.max_download};
+    for (size_t i = 0; i < util_count(keys); i++) {
+        const char *text = json_text(call->request, keys[i]);
+        if (text && options_rate_parse(text, &rates[i]) != 0) {
+            control_fail(call, -EINVAL,
+                         "%s: '%.64s' is not a rate; write bytes a second (K, M, G), at least 64K, "
+                         "or 0 for no limit",
+                         keys[i], text);
+            return;
+        }
+    }
+    if (rates[0] != stats.max_upload || rates[1] != stats.max_download) {
+        engine_limits_set(engine, rates[0], rates[1]);
+        log_info("limits are now %llu bytes/s up and %llu down (0: none)",
+                 (unsigned long long)rates[0], (unsigned long long)rates[1]);
+    }
+    control_good(call);
+    json_put_u64(call->answer, "max_upload", rates[0]);
+    json_put_u64(call->answer, "max_download", rates[1]);
+    json_end(call->answer);
+}
 
 /* ---- register ---- */
 

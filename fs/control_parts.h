@@ -81,6 +81,7 @@ void control_op_info(struct control_call *call);
 void control_op_register(struct control_call *call);
 void control_op_unregister(struct control_call *call);
 void control_op_evict(struct control_call *call);
+void control_op_limit(struct control_call *call);
 void control_op_pin(struct control_call *call);
 void control_op_unpin(struct control_call *call);
 void control_op_pull(struct control_call *call);

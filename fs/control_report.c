@@ -75,6 +75,8 @@ static void status_engine(const struct house *house, struct json_out *out)
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
     json_put_u64(out, "cache_limit", stats.cache_limit);
+    json_put_u64(out, "max_upload", stats.max_upload);
+    json_put_u64(out, "max_download", stats.max_download);
     json_put_u64(out, "replicas", stats.replicas);
     json_put_u64(out, "replicas_complete", stats.replicas_complete);
     json_put_u64(out, "pulls_running", stats.pulls_running);

@@ -167,6 +167,8 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .digest = options->digest,
                                    .fetch_whole = options->fetch_whole,
                                    .read_timeout_ms = options->read_timeout_s * 1000u,
+                                   .max_upload = options->max_upload,
+                                   .max_download = options->max_download,
                                    .secret = &secret,
                                    .exclude_dir = house->mountpoint};
     char *why = NULL;

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "engine/bucket.h"
 #include "engine/digest.h"
 #include "fs/memory.h"
 #include "meta/base/util.h"
@@ -193,6 +194,33 @@ static int set_tcp_congestion(struct options_parse *p)
                       "tcp_congestion=%s: see sysctl net.ipv4.tcp_available_congestion_control",
                       p->value);
     return text_set(&p->out->tcp_congestion, p->value);
+}
+
+int options_rate_parse(const char *text, uint64_t *rate)
+{
+    int rc = util_size_parse(text, 0, rate);
+    return rc != 0 || (*rate > 0 && *rate < BUCKET_RATE_MIN) ? -EINVAL : 0;
+}
+
+static int set_rate(struct options_parse *p, uint64_t *to)
+{
+    if (options_rate_parse(p->value, to) != 0)
+        return refuse(
+            p->error,
+            "%s=%s: not a rate; write bytes a second (K, M, G), at least 64K, or 0 for no "
+            "limit",
+            p->name, p->value);
+    return 0;
+}
+
+static int set_max_upload(struct options_parse *p)
+{
+    return set_rate(p, &p->out->max_upload);
+}
+
+static int set_max_download(struct options_parse *p)
+{
+    return set_rate(p, &p->out->max_download);
 }
 
 static int set_digest(struct options_parse *p)
@@ -529,9 +557,8 @@ void options_clear(struct options *options)
     *options = (struct options){0};
 }
 
-#define NO_RDMA   "this build cannot use RDMA; leave it out, TCP is used"
-#define NO_LIMITS "this build cannot limit rates; leave it out, or use tc(8)"
-#define NO_TLS    "this build cannot encrypt; leave it out, or use a VPN"
+#define NO_RDMA "this build cannot use RDMA; leave it out, TCP is used"
+#define NO_TLS  "this build cannot encrypt; leave it out, or use a VPN"
 
 const struct options_entry options_table[] = {
     {.name = "node",
@@ -590,13 +617,13 @@ const struct options_entry options_table[] = {
      .summary = "congestion control of connections to peers",
      .set = set_tcp_congestion},
     {.name = "max_download",
-     .argument = "BYTES",
-     .summary = "limit of what comes from peers a second",
-     .refused = NO_LIMITS},
+     .argument = "RATE",
+     .summary = "limit of what comes from peers, in bytes a second (default: 0, none)",
+     .set = set_max_download},
     {.name = "max_upload",
-     .argument = "BYTES",
-     .summary = "limit of what goes to peers a second",
-     .refused = NO_LIMITS},
+     .argument = "RATE",
+     .summary = "limit of what goes to peers, in bytes a second (default: 0, none)",
+     .set = set_max_upload},
     {.name = "digest",
      .argument = "xxh3|sha256",
      .summary = "how new files are digested (default: xxh3)",

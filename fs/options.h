@@ -26,6 +26,7 @@ struct options {
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     char *tcp_congestion;
+    uint64_t max_upload, max_download; /* bytes a second; 0: no limit */
     enum model_digest digest;
     bool allow_overwrite;
     char *credentials;
@@ -55,5 +56,7 @@ extern const struct options_entry options_table[]; /* ends with name NULL */
  * variables of Mooncake count where no option does. */
 int options_parse(int argc, char *const *argv, struct options *out, char **error);
 void options_clear(struct options *options);
+/* A rate: bytes a second as a size, 0 for none. -EINVAL also for one that is too low to work. */
+int options_rate_parse(const char *text, uint64_t *rate);
 
 #endif

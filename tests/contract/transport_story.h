@@ -61,6 +61,7 @@ static const struct kind *kind;
 static const struct transport_ops *ops;
 static struct loop *loop;
 static struct transport *transport;
+static struct transport_config story_config; /* of the next story */
 static char address[TRANSPORT_NAME_MAX + 1];
 static struct side puller, holder;
 static bool refuse_accepted;
@@ -247,7 +248,7 @@ static int story_setup(void **state)
         setenv("P2PFS_NO_URING", "1", 1);
     assert_int_equal(loop_open(&loop), 0);
     unsetenv("P2PFS_NO_URING");
-    assert_int_equal(ops->open(loop, NULL, &events, &holder, &transport), 0);
+    assert_int_equal(ops->open(loop, &story_config, &events, &holder, &transport), 0);
     assert_int_equal(ops->listen(transport, kind->address, address), 0);
     assert_true(address[strlen(address) - 1] != '0' || strlen(address) > strlen(kind->address));
     return 0;
@@ -346,6 +347,9 @@ struct story {
 };
 #define STORY(function) {#function, function}
 
+static CMFixtureFunction story_begin = story_setup;
+static CMFixtureFunction story_over = story_end;
+
 static int stories_run(const struct story *stories, size_t count_of_stories, int argc, char **argv)
 {
     static struct CMUnitTest tests[util_count(kinds) * STORIES_MAX];
@@ -360,8 +364,8 @@ static int stories_run(const struct story *stories, size_t count_of_stories, int
                 continue;
             snprintf(names[count], sizeof(names[count]), "%s%s: %s", only,
                      kinds[k].epoll ? " (epoll)" : "", story);
-            tests[count] = (struct CMUnitTest){names[count], stories[i].tell, story_setup,
-                                               story_end, &kinds[k]};
+            tests[count] = (struct CMUnitTest){names[count], stories[i].tell, story_begin,
+                                               story_over, &kinds[k]};
             count++;
         }
     if (argc > 1)

@@ -375,7 +375,7 @@ def test_half_a_frame_and_silence(two):
 class Puller:
     """A peer that speaks the protocol, as a puller (engine/wire.h), and says what it likes."""
 
-    HELLO, PROOF, ATTACH, ASK, DONE = 1, 3, 4, 8, 12
+    HELLO, PROOF, ATTACH, ASK, DONE = 1, 3, 4, 8, 13
 
     def __init__(self, node):
         host, port = node.options["listen"].rsplit(":", 1)

@@ -269,12 +269,13 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
         for name, content in data.items():
             assert node.path(name).read_bytes() == content
         assert received(node) == count * size
-    # Loopback is no bottleneck, and the pull short: how much peers take part is luck.
+    # Loopback is no bottleneck, and the pull short: one is done before the next one begins.
     copies = served(registrar) / (count * size)
     print(f"the registrar served {copies:.2f} copies to {len(pullers)} nodes")
     everything = sum(served(node) for node in [registrar, *pullers])
-    assert everything == len(pullers) * count * size
-    assert copies < 4
+    # A late shard may be asked twice; what is given up on its way has been sent for nothing.
+    assert len(pullers) * count * size <= everything <= 1.1 * len(pullers) * count * size
+    assert copies < 3
 
 
 def test_a_reader_is_not_made_to_wait_for_the_whole_file(two):

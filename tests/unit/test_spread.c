@@ -38,54 +38,83 @@ static int setup(void **state)
 
 /* A view with its arrays, so that the view can point at them. */
 struct scene {
-    uint8_t states[SHARDS];
+    uint32_t shards;
     uint16_t rarity[SHARDS];
     struct spread_range demand[DEMAND];
-    uint8_t bitmap[SHARDS / 8];
-    const uint8_t *has; /* bitmap, or NULL */
-    struct spread_view view;
+    uint8_t bitmap[SPREAD_BITMAP_BYTES(SHARDS)];
+    struct spread *spread;
+    struct spread_want want;
+    struct spread_offer offer;
 };
+
+/* A scene that was drawn before is drawn anew; scene_clear behind the last one. */
+static void scene_clear(struct scene *scene)
+{
+    spread_close(scene->spread);
+    memset(scene, 0, sizeof *scene);
+}
 
 static void scene_draw(struct scene *scene)
 {
-    memset(scene, 0, sizeof *scene);
-    struct spread_view *view = &scene->view;
-    view->shards = (uint32_t)(1 + draw() % SHARDS);
-    view->states = scene->states;
-    view->rarity = draw() % 4 ? scene->rarity : NULL;
-    view->demand = scene->demand;
-    view->demand_count = draw() % 3 ? 0 : draw() % (DEMAND + 1);
-    view->cursor = draw() % 3 ? SPREAD_NONE : (uint32_t)(draw() % view->shards);
-    view->whole = draw() % 4;
+    scene_clear(scene);
+    scene->shards = (uint32_t)(1 + draw() % SHARDS);
+    assert_int_equal(spread_open(scene->shards, &scene->spread), 0);
+    scene->want = (struct spread_want){
+        .demand = scene->demand,
+        .demand_count = draw() % 3 ? 0 : draw() % (DEMAND + 1),
+        .cursor = draw() % 3 ? SPREAD_NONE : (uint32_t)(draw() % scene->shards),
+        .whole = draw() % 4,
+    };
     unsigned empty = (unsigned)(draw() % 101); /* so that full and empty files are met too */
-    for (uint32_t k = 0; k < view->shards; k++) {
-        scene->states[k] =
-            draw() % 100 < empty ? SPREAD_ABSENT : (uint8_t)(SPREAD_FILLING + draw() % 2);
-        scene->rarity[k] = (uint16_t)(1 + draw() % 4);
+    unsigned common = (unsigned)(1 + draw() % 40);
+    for (uint32_t k = 0; k < scene->shards; k++) {
+        bool absent = draw() % 100 < empty;
+        if (!absent && draw() % 2) {
+            spread_land(scene->spread, k);
+        } else if (!absent || draw() % 2) {
+            spread_take(scene->spread, k);
+        }
+        scene->rarity[k] = (uint16_t)(draw() % common);
+        for (unsigned i = 0; i < scene->rarity[k] + 3u; i++) {
+            spread_more(scene->spread, k, false);
+        }
+        if (absent) {
+            spread_put(scene->spread, k); /* half of them have never been away */
+        }
+        for (unsigned i = 0; i < 3; i++) {
+            spread_less(scene->spread, k, false);
+        }
     }
-    for (size_t i = 0; i < view->demand_count; i++) {
-        uint32_t first = (uint32_t)(draw() % view->shards);
+    for (size_t i = 0; i < scene->want.demand_count; i++) {
+        uint32_t first = (uint32_t)(draw() % scene->shards);
         scene->demand[i] =
-            (struct spread_range){first, first + (uint32_t)(draw() % (view->shards - first))};
+            (struct spread_range){first, first + (uint32_t)(draw() % (scene->shards - first))};
     }
     unsigned holds = (unsigned)(draw() % 101);
-    for (uint32_t k = 0; k < view->shards; k++) {
+    for (uint32_t k = 0; k < scene->shards; k++) {
         if (draw() % 100 < holds) {
             scene->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
         }
     }
-    scene->has = draw() % 3 ? scene->bitmap : NULL;
+    scene->offer = (struct spread_offer){.bitmap = draw() % 3 ? scene->bitmap : NULL,
+                                         .rarity_most = SPREAD_RARITY_ANY};
 }
 
 static bool takeable(const struct scene *scene, uint32_t k)
 {
-    return scene->states[k] == SPREAD_ABSENT && (!scene->has || (scene->has[k / 8] >> (k % 8) & 1));
+    const uint8_t *has = scene->offer.bitmap;
+    return spread_state(scene->spread, k) == SPREAD_ABSENT && (!has || (has[k / 8] >> (k % 8) & 1));
+}
+
+static uint32_t next(const struct scene *scene, bool *urgent)
+{
+    return spread_next(scene->spread, &scene->want, &scene->offer, draw(), urgent);
 }
 
 /* The first takeable shard of what readers wait for, in order of arrival. */
 static uint32_t demanded(const struct scene *scene)
 {
-    for (size_t i = 0; i < scene->view.demand_count; i++) {
+    for (size_t i = 0; i < scene->want.demand_count; i++) {
         for (uint32_t k = scene->demand[i].first; k <= scene->demand[i].last; k++) {
             if (takeable(scene, k)) {
                 return k;
@@ -97,8 +126,8 @@ static uint32_t demanded(const struct scene *scene)
 
 static uint32_t ahead(const struct scene *scene)
 {
-    uint32_t cursor = scene->view.cursor;
-    for (uint32_t k = cursor; cursor != SPREAD_NONE && k < scene->view.shards; k++) {
+    uint32_t cursor = scene->want.cursor;
+    for (uint32_t k = cursor; cursor != SPREAD_NONE && k < scene->shards; k++) {
         if (k - cursor <= SPREAD_AHEAD && takeable(scene, k)) {
             return k;
         }
@@ -108,35 +137,36 @@ static uint32_t ahead(const struct scene *scene)
 
 static void only_what_is_absent_here_and_present_there(void **state)
 {
+    struct scene scene = {0};
     unsigned none = 0;
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
         bool urgent;
-        uint32_t k = spread_next(&scene.view, scene.has, draw(), &urgent);
+        uint32_t k = next(&scene, &urgent);
         if (k != SPREAD_NONE) {
-            assert_true(k < scene.view.shards);
+            assert_true(k < scene.shards);
             assert_true(takeable(&scene, k));
             continue;
         }
         none++;
         assert_false(urgent);
         assert_int_equal(demanded(&scene), SPREAD_NONE);
-        for (uint32_t j = 0; scene.view.whole && j < scene.view.shards; j++) {
+        for (uint32_t j = 0; scene.want.whole && j < scene.shards; j++) {
             assert_false(takeable(&scene, j)); /* nothing that could go on is left lying */
         }
     }
     assert_in_range(none, 1, ROUNDS - 1); /* the drawing met both */
+    scene_clear(&scene);
 }
 
 static void what_a_reader_waits_for_goes_first_in_order_of_arrival(void **state)
 {
+    struct scene scene = {0};
     unsigned met = 0;
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
         bool urgent;
-        uint32_t k = spread_next(&scene.view, scene.has, draw(), &urgent);
+        uint32_t k = next(&scene, &urgent);
         uint32_t expected = demanded(&scene);
         assert_int_equal(urgent, expected != SPREAD_NONE);
         if (expected != SPREAD_NONE) {
@@ -145,31 +175,33 @@ static void what_a_reader_waits_for_goes_first_in_order_of_arrival(void **state)
         }
     }
     assert_true(met > 100);
+    scene_clear(&scene);
 }
 
 static void on_demand_only_what_is_demanded_is_fetched(void **state)
 {
+    struct scene scene = {0};
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
-        scene.view.whole = false;
+        scene.want.whole = false;
         bool urgent;
-        uint32_t k = spread_next(&scene.view, scene.has, draw(), &urgent);
+        uint32_t k = next(&scene, &urgent);
         assert_int_equal(k, demanded(&scene));
     }
+    scene_clear(&scene);
 }
 
 static void read_ahead_goes_before_the_rarest(void **state)
 {
+    struct scene scene = {0};
     unsigned met = 0;
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
-        scene.view.demand_count = 0;
-        scene.view.whole = true;
+        scene.want.demand_count = 0;
+        scene.want.whole = true;
         uint32_t expected = ahead(&scene);
         bool urgent;
-        uint32_t k = spread_next(&scene.view, scene.has, draw(), &urgent);
+        uint32_t k = next(&scene, &urgent);
         assert_false(urgent);
         if (expected != SPREAD_NONE) {
             assert_int_equal(k, expected);
@@ -177,106 +209,198 @@ static void read_ahead_goes_before_the_rarest(void **state)
         }
     }
     assert_true(met > 100);
+    scene_clear(&scene);
 }
 
 static void else_the_rarest(void **state)
 {
+    struct scene scene = {0};
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
-        scene.view.demand_count = 0;
-        scene.view.cursor = SPREAD_NONE;
-        scene.view.whole = true;
-        scene.view.rarity = scene.rarity;
+        scene.want.demand_count = 0;
+        scene.want.cursor = SPREAD_NONE;
+        scene.want.whole = true;
         bool urgent;
-        uint32_t k = spread_next(&scene.view, scene.has, draw(), &urgent);
-        for (uint32_t j = 0; k != SPREAD_NONE && j < scene.view.shards; j++) {
-            assert_true(!takeable(&scene, j) || scene.rarity[j] >= scene.rarity[k]);
+        uint32_t k = next(&scene, &urgent);
+        for (uint32_t j = 0; k != SPREAD_NONE && j < scene.shards; j++) {
+            assert_true(!takeable(&scene, j) || scene.rarity[j] >= scene.rarity[k] ||
+                        scene.rarity[j] >= SPREAD_RARITY_ANY);
         }
     }
+    scene_clear(&scene);
 }
 
-/* Ties at random: of 32 shards that are equally rare each is the first choice about as often as any other, with known
- * rarities and without. */
+/* Ties at random: of 32 shards that are equally rare each is the first choice about as often as any other, for a source
+ * that has them all, and for one that has few of very many. */
 static void ties_are_broken_at_random(void **state)
 {
-    for (unsigned rarities = 0; rarities < 2; rarities++) {
-        struct scene scene = {0};
+    for (unsigned few = 0; few < 2; few++) {
+        uint32_t shards = few ? 640 : 32;
+        uint8_t bitmap[SPREAD_BITMAP_BYTES(640)] = {0xff, 0xff, 0xff, 0xff};
         unsigned chosen[32] = {0};
-        scene.view = (struct spread_view){.shards = 32,
-                                          .states = scene.states,
-                                          .rarity = rarities ? scene.rarity : NULL,
-                                          .cursor = SPREAD_NONE,
-                                          .whole = true};
+        struct spread *spread;
+        assert_int_equal(spread_open(shards, &spread), 0);
+        struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
+        struct spread_offer offer = {.bitmap = few ? bitmap : NULL,
+                                     .rarity_most = SPREAD_RARITY_ANY};
         for (unsigned round = 0; round < 32000; round++) {
             bool urgent;
-            chosen[spread_next(&scene.view, NULL, draw(), &urgent)]++;
+            uint32_t k = spread_next(spread, &want, &offer, draw(), &urgent);
+            assert_in_range(k, 0, 31);
+            chosen[k]++;
         }
         for (unsigned k = 0; k < 32; k++) {
             assert_in_range(chosen[k], 700, 1300);
         }
+        spread_close(spread);
     }
 }
 
-/* No memory of its own: the same view and the same number give the same shard. */
-static void the_same_view_gives_the_same_answer(void **state)
+static void the_same_number_gives_the_same_answer(void **state)
 {
+    struct scene scene = {0};
     for (unsigned round = 0; round < ROUNDS; round++) {
-        struct scene scene;
         scene_draw(&scene);
         uint64_t random = draw();
         bool urgent[2];
-        uint32_t k = spread_next(&scene.view, scene.has, random, &urgent[0]);
-        assert_int_equal(spread_next(&scene.view, scene.has, random, &urgent[1]), k);
+        uint32_t k = spread_next(scene.spread, &scene.want, &scene.offer, random, &urgent[0]);
+        assert_int_equal(spread_next(scene.spread, &scene.want, &scene.offer, random, &urgent[1]),
+                         k);
         assert_int_equal(urgent[0], urgent[1]);
     }
+    scene_clear(&scene);
 }
 
 static void an_empty_file_needs_nothing(void **state)
 {
-    struct spread_view view = {.cursor = SPREAD_NONE, .whole = true};
+    struct spread *spread;
+    assert_int_equal(spread_open(0, &spread), 0);
+    struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
+    struct spread_offer offer = {.rarity_most = SPREAD_RARITY_ANY};
     bool urgent = true;
-    assert_int_equal(spread_next(&view, NULL, draw(), &urgent), SPREAD_NONE);
+    assert_int_equal(spread_next(spread, &want, &offer, draw(), &urgent), SPREAD_NONE);
     assert_false(urgent);
+    spread_close(spread);
 }
 
 /* Taking one shard after another takes each exactly once, whatever changes in between. */
 static void taking_until_nothing_is_left_takes_all(void **state)
 {
+    struct scene scene = {0};
     for (unsigned round = 0; round < 200; round++) {
-        struct scene scene;
         scene_draw(&scene);
-        scene.view.whole = true;
+        scene.want.whole = true;
         uint32_t left = 0;
-        for (uint32_t k = 0; k < scene.view.shards; k++) {
+        for (uint32_t k = 0; k < scene.shards; k++) {
             left += takeable(&scene, k);
         }
         bool urgent;
         uint32_t k;
-        while ((k = spread_next(&scene.view, scene.has, draw(), &urgent)) != SPREAD_NONE) {
+        while ((k = next(&scene, &urgent)) != SPREAD_NONE) {
             assert_true(left > 0);
-            scene.states[k] = SPREAD_FILLING;
+            spread_take(scene.spread, k);
+            spread_more(scene.spread, (uint32_t)(draw() % scene.shards), false);
             left--;
         }
         assert_int_equal(left, 0);
     }
+    scene_clear(&scene);
 }
 
-static void windows_stay_between_two_and_sixteen(void **state)
+/* What others have is left to them while the caller says so, but never to a reader's harm. */
+static void commoner_and_nearer_shards_are_left_to_others(void **state)
 {
+    struct scene scene = {0};
+    unsigned met = 0;
     for (unsigned round = 0; round < ROUNDS; round++) {
-        uint64_t rate = draw() >> (draw() % 64);
-        uint32_t shard = (uint32_t)(64u << 10) << (draw() % 15);
-        uint32_t window = spread_window(rate, shard);
-        assert_in_range(window, 2, 16);
-        assert_true(spread_window(rate / 2, shard) <= window); /* faster: not less */
-        assert_true(spread_window(rate, shard / 2) >= window); /* smaller shards: not fewer */
+        scene_draw(&scene);
+        scene.offer.rarity_most = 0;
+        bool urgent;
+        uint32_t k = next(&scene, &urgent);
+        if (k != SPREAD_NONE && !urgent) {
+            assert_int_equal(scene.rarity[k], 0);
+            met++;
+        }
+        scene.offer.rarity_most = SPREAD_RARITY_ANY;
+        scene.offer.far = true;
+        uint32_t near = (uint32_t)(draw() % scene.shards);
+        spread_more(scene.spread, near, true);
+        k = next(&scene, &urgent);
+        assert_true(k != near || urgent);
     }
-    assert_int_equal(spread_window(0, 1u << 20), 16); /* a source that nobody knows is used */
-    assert_int_equal(spread_window(0, 1u << 30), 2);
-    /* A fast source has what it delivers in 20 ms on its way: 10 GB/s, shards of 64 MiB. */
-    assert_int_equal(spread_window(10000000000ull, 64u << 20), 2);
-    assert_int_equal(spread_window(40000000000ull, 64u << 20), 11);
+    assert_true(met > 100);
+    scene_clear(&scene);
+}
+
+static void windows_open_when_it_is_quick_and_close_when_it_is_slow(void **state)
+{
+    struct spread_window window = spread_window_new(4, 64);
+    assert_int_equal(window.width, 4);
+    for (unsigned i = 0; i < 100; i++) {
+        spread_window_took(&window, 1000000);
+    }
+    assert_int_equal(window.width, 64);
+    spread_window_took(&window, 50000000); /* neither */
+    assert_int_equal(window.width, 64);
+    for (unsigned i = 0; i < 100; i++) {
+        spread_window_took(&window, 1000000000);
+    }
+    assert_int_equal(window.width, 4);
+}
+
+static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
+{
+    assert_int_equal(spread_nearness("a/1", "a/1"), 2);
+    assert_int_equal(spread_nearness("a/1", "a/2"), 1);
+    assert_int_equal(spread_nearness("a/1", "ab/1"), 0);
+    assert_int_equal(spread_nearness("", "b/1"), 2);
+
+    for (unsigned round = 0; round < 1000; round++) {
+        bool near[200];
+        bool used[200] = {false};
+        size_t nears = 0;
+        size_t count = 0;
+        for (size_t i = 0; i < 200; i++) {
+            near[i] = i % 2;
+        }
+        while (count < SPREAD_NEIGHBOURS) {
+            bool left[200];
+            size_t index[200];
+            size_t n = 0;
+            for (size_t i = 0; i < 200; i++) {
+                if (!used[i]) {
+                    left[n] = near[i];
+                    index[n++] = i;
+                }
+            }
+            size_t pick = spread_neighbour_choose(left, n, nears, count, draw());
+            assert_true(pick < n);
+            used[index[pick]] = true;
+            nears += near[index[pick]];
+            count++;
+        }
+        assert_in_range(nears, SPREAD_NEIGHBOURS - SPREAD_FAR, SPREAD_NEIGHBOURS);
+    }
+    bool far[3] = {false, false, false};
+    assert_in_range(spread_neighbour_choose(far, 3, 12, 15, draw()), 0, 2); /* nobody else */
+    assert_int_equal(spread_neighbour_choose(far, 3, 12, SPREAD_NEIGHBOURS, draw()), 3);
+    assert_int_equal(spread_neighbour_choose(far, 0, 0, 0, draw()), 0);
+}
+
+static void the_gone_and_the_idle_make_room_for_others(void **state)
+{
+    struct spread_neighbour neighbours[4] = {
+        {.received = 100, .age_ms = 9000},
+        {.received = 5, .age_ms = 9000},
+        {.received = 120, .age_ms = 9000},
+        {.received = 0, .age_ms = 9000, .complete = true},
+    };
+    assert_int_equal(spread_neighbour_drop(neighbours, 4), 1);
+    neighbours[1].age_ms = 100; /* has not had its chance */
+    assert_int_equal(spread_neighbour_drop(neighbours, 4), 4);
+    neighbours[3].gone = true;
+    assert_int_equal(spread_neighbour_drop(neighbours, 4), 3);
+    assert_int_equal(spread_neighbour_drop(NULL, 0), 0);
 }
 
 static void back_off_doubles_up_to_its_limit(void **state)
@@ -309,10 +433,13 @@ int main(void)
         cmocka_unit_test(read_ahead_goes_before_the_rarest),
         cmocka_unit_test(else_the_rarest),
         cmocka_unit_test(ties_are_broken_at_random),
-        cmocka_unit_test(the_same_view_gives_the_same_answer),
+        cmocka_unit_test(the_same_number_gives_the_same_answer),
         cmocka_unit_test(an_empty_file_needs_nothing),
         cmocka_unit_test(taking_until_nothing_is_left_takes_all),
-        cmocka_unit_test(windows_stay_between_two_and_sixteen),
+        cmocka_unit_test(commoner_and_nearer_shards_are_left_to_others),
+        cmocka_unit_test(windows_open_when_it_is_quick_and_close_when_it_is_slow),
+        cmocka_unit_test(near_neighbours_are_preferred_and_a_few_far_ones_kept),
+        cmocka_unit_test(the_gone_and_the_idle_make_room_for_others),
         cmocka_unit_test(back_off_doubles_up_to_its_limit),
     };
     return cmocka_run_group_tests(tests, setup, NULL);

@@ -16,6 +16,7 @@
 static uint8_t bitmap[(WIRE_PONG + 300) / 8 + 64];
 static uint8_t digests[WIRE_DIGESTS_MAX * MODEL_DIGEST_MAX];
 static uint8_t shards[WIRE_HAVE_MAX * 4];
+static uint8_t peers[WIRE_PEERS_MAX * WIRE_PEER_BYTES];
 
 /* One good message of each type, with every field away from zero. */
 static void samples_fill(struct wire_message m[WIRE_PONG + 1])
@@ -49,7 +50,12 @@ static void samples_fill(struct wire_message m[WIRE_PONG + 1])
                               .digest_size = 16,
                               .digests = digests,
                               .descriptor = {.bytes = {9, 9}, .length = TRANSPORT_DESCRIPTOR_MAX}};
-    m[WIRE_BUSY] = (struct wire_message){.request = 6, .retry_ms = 250};
+    m[WIRE_BUSY] = (struct wire_message){
+        .request = 6, .retry_ms = 250, .count = WIRE_ADVICE_MAX, .shards = shards};
+    size_t peers_length = wire_peer_put(peers, 0, "gpu-02", 0x8877665544332211);
+    peers_length = wire_peer_put(peers, peers_length, "n", 7);
+    m[WIRE_PEERS] = (struct wire_message){
+        .handle = 5, .count = 2, .peers = peers, .peers_length = peers_length};
     m[WIRE_GONE] = (struct wire_message){.handle = 5, .request = 0, .reason = WIRE_GONE_CHANGED};
     m[WIRE_DONE] = (struct wire_message){.request = 6};
     m[WIRE_DETACH] = (struct wire_message){.handle = 5};
@@ -94,7 +100,9 @@ static void check_equal(const struct wire_message *a, const struct wire_message 
         check_bytes(a->digests, b->digests, (size_t)a->count * a->digest_size);
     if (a->type == WIRE_GRANT)
         check_bytes(a->digests, b->digests, a->digest_size);
-    if (a->type == WIRE_HAVE)
+    assert_true(a->peers_length == b->peers_length);
+    check_bytes(a->peers, b->peers, a->peers_length);
+    if (a->type == WIRE_HAVE || a->type == WIRE_BUSY)
         check_bytes(a->shards, b->shards, (size_t)a->count * 4);
 }
 
@@ -112,6 +120,16 @@ static void every_message_comes_back_as_it_went(void **state)
     }
     for (uint32_t i = 0; i < WIRE_HAVE_MAX; i++)
         assert_int_equal(wire_have_shard(&m[WIRE_HAVE], i), i * 1000003);
+
+    char node[MODEL_NODE_MAX + 1];
+    uint64_t boot;
+    size_t at = wire_peer_get(&m[WIRE_PEERS], 0, node, &boot);
+    assert_string_equal(node, "gpu-02");
+    assert_true(boot == 0x8877665544332211);
+    at = wire_peer_get(&m[WIRE_PEERS], at, node, &boot);
+    assert_string_equal(node, "n");
+    assert_int_equal(boot, 7);
+    assert_int_equal(at, m[WIRE_PEERS].peers_length);
 }
 
 static void one_byte_less_or_more_is_refused(void **state)
@@ -206,6 +224,9 @@ static void fields_out_of_bounds_are_refused(void **state)
     refuse_byte(&m[WIRE_GRANT], 13, 15); // digest size
     refuse_byte(&m[WIRE_GRANT], 13 + 17, TRANSPORT_DESCRIPTOR_MAX + 1);
     refuse_byte(&m[WIRE_BUSY], 4, 0);
+    refuse_byte(&m[WIRE_BUSY], 9, WIRE_ADVICE_MAX + 1);
+    refuse_byte(&m[WIRE_PEERS], 5, WIRE_PEERS_MAX + 1);
+    refuse_byte(&m[WIRE_PEERS], 8, '/'); // a node's name is checked
     refuse_byte(&m[WIRE_GONE], 9, 0);
     refuse_byte(&m[WIRE_GONE], 9, WIRE_GONE_ERROR + 1);
     refuse_byte(&m[WIRE_DONE], 4, 0);
@@ -219,6 +240,10 @@ static void what_would_not_decode_is_not_encoded(void **state)
     assert_int_equal(wire_encode(&m[WIRE_DIGESTS], bytes, sizeof(bytes)), -EMSGSIZE);
     m[WIRE_HAVE].count = WIRE_HAVE_MAX + 1;
     assert_int_equal(wire_encode(&m[WIRE_HAVE], bytes, sizeof(bytes)), -EMSGSIZE);
+    m[WIRE_BUSY].count = WIRE_ADVICE_MAX + 1;
+    assert_int_equal(wire_encode(&m[WIRE_BUSY], bytes, sizeof(bytes)), -EMSGSIZE);
+    m[WIRE_PEERS].count = WIRE_PEERS_MAX + 1;
+    assert_int_equal(wire_encode(&m[WIRE_PEERS], bytes, sizeof(bytes)), -EMSGSIZE);
     m[WIRE_GRANT].descriptor.length = TRANSPORT_DESCRIPTOR_MAX + 1;
     assert_int_equal(wire_encode(&m[WIRE_GRANT], bytes, sizeof(bytes)), -EMSGSIZE);
     m[WIRE_ATTACHED].count = 1u << 20; // a bitmap of 128 KiB; the reader of it need not exist

@@ -1,0 +1,405 @@
+#include "engine/fill.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <utlist.h>
+
+#include "engine/storage.h"
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+
+#define FILL_POPULATE_STEP  (2u << 20)     /* a huge page */
+#define FILL_POPULATE_AHEAD (1u << 20)     /* what may land before the lane hears of it */
+#define FILL_MOVE_NS        100000000ull   /* what waits for so long may be had elsewhere */
+#define FILL_STALL_NS       1500000000ull  /* no byte of a shard for so long: ask somebody else */
+#define FILL_STARVED_NS     20000000000ull /* the same, though others of that source move */
+#define FILL_LEFT_NS        5000000000ull /* and leave the source alone for so long, or a multiple */
+#define FILL_AGAIN_NS       4000000000ull /* where there is nobody else, ask it once more */
+
+struct fill {
+    struct request request;
+    struct source *source;
+    struct digest_shard hash;
+    uint8_t expected[MODEL_DIGEST_MAX];
+    uint8_t *apart;     /* a hedge's own memory; NULL: it lands in the replica */
+    struct fill *twin;  /* the other one of a hedged shard */
+    uint64_t populated; /* bytes from its begin that have their pages */
+    uint64_t asked_ns;
+    uint64_t granted_ns; /* 0: it waits */
+    uint64_t progress_ns;
+    struct fill *prev, *next;
+};
+
+static const struct request_ops fill_ops;
+
+static uint64_t now_of(const struct fill *fill)
+{
+    return loop_now_ns(fill->source->pull->lane->loop);
+}
+
+/* ---- begin and end ---- */
+
+static void fill_free(struct fill *fill)
+{
+    struct source *source = fill->source;
+    DL_DELETE(source->pull->fills, fill);
+    source->inflight--;
+    source->waiting -= fill->granted_ns == 0;
+    source->pull->fetching -= fill->granted_ns != 0;
+    if (fill->twin) {
+        fill->twin->twin = NULL;
+    }
+    digest_shard_clear(&fill->hash);
+    free(fill->apart);
+    free(fill);
+}
+
+static void fill_cancel(struct fill *fill)
+{
+    supplier_cancel(&fill->request);
+    fill_free(fill);
+}
+
+/* Puts a shard back, without anybody having failed. */
+static void shard_put(struct replica *replica, uint32_t shard)
+{
+    pthread_mutex_lock(&replica->lock);
+    atomic_store_explicit(&replica->states[shard], SPREAD_ABSENT, memory_order_release);
+    spread_put(replica->spread, shard);
+    pthread_mutex_unlock(&replica->lock);
+}
+
+static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent, bool apart)
+{
+    struct replica *replica = source->pull->replica;
+    struct fill *fill = calloc(1, sizeof *fill);
+    if (!fill) {
+        return NULL;
+    }
+    size_t length = replica_shard_size(replica, shard);
+    fill->apart = apart ? malloc(length) : NULL;
+    uint8_t *destination =
+        apart ? fill->apart : replica->map + replica_shard_offset(replica, shard);
+    fill->source = source;
+    fill->request.ops = &fill_ops;
+    fill->request.shard = shard;
+    fill->request.urgent = urgent;
+    fill->request.fetch.destination = destination;
+    fill->request.fetch.length = length;
+    if (!destination || digest_shard_begin(&fill->hash, replica->digest, destination, length) < 0) {
+        free(fill->apart);
+        free(fill);
+        return NULL;
+    }
+    fill->asked_ns = fill->progress_ns = now_of(fill);
+    return fill;
+}
+
+static struct fill *fill_ask(struct source *source, uint32_t shard, bool urgent, bool apart)
+{
+    struct fill *fill = fill_new(source, shard, urgent, apart);
+    if (!fill) {
+        return NULL;
+    }
+    if (supplier_ask(&source->attachment, &fill->request) < 0) {
+        digest_shard_clear(&fill->hash);
+        free(fill->apart);
+        free(fill);
+        return NULL;
+    }
+    DL_APPEND(source->pull->fills, fill);
+    source->inflight++;
+    source->waiting++;
+    return fill;
+}
+
+int fill_start(struct source *source, uint32_t shard, bool urgent)
+{
+    return fill_ask(source, shard, urgent, false) ? 0 : -EAGAIN;
+}
+
+void fill_cancel_all(struct source *source)
+{
+    struct fill *fill;
+    struct fill *next;
+    DL_FOREACH_SAFE(source->pull->fills, fill, next) {
+        if (fill->source != source) {
+            continue;
+        }
+        uint32_t shard = fill->request.shard;
+        bool twin = fill->twin;
+        fill_cancel(fill);
+        if (!twin) { /* else that one goes on */
+            shard_put(source->pull->replica, shard);
+        }
+    }
+}
+
+/* ---- on the way ---- */
+
+static struct fill *fill_of(struct request *request)
+{
+    return util_container(request, struct fill, request);
+}
+
+/* Gives the bytes that come next their pages, here and now: the zeros that the kernel puts there are still in this
+ * core's cache when the network's bytes replace them, so a page costs little more than its copy. Done ahead, by another
+ * thread, it costs twice that; left to the copy, it costs a fault for each page. */
+static int fill_populate(struct fill *fill)
+{
+    struct replica *replica = fill->source->pull->replica;
+    const struct transport_fetch *fetch = &fill->request.fetch;
+    int status = 0;
+    while (!fill->apart && status == 0 && fill->populated < fetch->length &&
+           fill->populated < fetch->landed + FILL_POPULATE_AHEAD) {
+        uint64_t left = fetch->length - fill->populated;
+        uint64_t step = left < FILL_POPULATE_STEP ? left : FILL_POPULATE_STEP;
+        status = storage_populate(
+            replica->map, replica_shard_offset(replica, fill->request.shard) + fill->populated,
+            step);
+        fill->populated += step;
+    }
+    return status;
+}
+
+static bool fill_granted(struct request *request, const uint8_t *digest, size_t digest_size)
+{
+    struct fill *fill = fill_of(request);
+    struct replica *replica = fill->source->pull->replica;
+    fill->granted_ns = fill->progress_ns = now_of(fill);
+    fill->source->waiting--;
+    fill->source->pull->fetching++;
+
+    pthread_mutex_lock(&replica->lock);
+    /* Only the registrar is asked before the digests are proven (askable), so this is its word. */
+    if (digest_size == replica->digest->size && !replica->version.sealed) {
+        replica_digest_set(replica, request->shard, digest);
+    }
+    bool known = replica_digest_known(replica, request->shard);
+    if (known) {
+        memcpy(fill->expected, replica_digest(replica, request->shard), replica->digest->size);
+    }
+    pthread_mutex_unlock(&replica->lock);
+    return known && fill_populate(fill) == 0;
+}
+
+static void fill_landed(struct request *request)
+{
+    struct fill *fill = fill_of(request);
+    uint64_t now = now_of(fill);
+    fill->progress_ns = now;
+    fill->source->progress_ns = now;
+    fill->source->pull->replica->progress_ns = now;
+    digest_shard_advance(&fill->hash, request->fetch.landed);
+    (void)fill_populate(fill); /* a failure shows when the bytes come */
+}
+
+static bool fill_verify(struct fill *fill)
+{
+    uint8_t digest[MODEL_DIGEST_MAX];
+    digest_shard_advance(&fill->hash, fill->request.fetch.length);
+    digest_shard_finish(&fill->hash, digest);
+    return memcmp(digest, fill->expected, fill->source->pull->replica->digest->size) == 0;
+}
+
+/* A verified shard, or a hedge's copy of it. */
+static int fill_take(struct fill *fill)
+{
+    struct pull *pull = fill->source->pull;
+    struct replica *replica = pull->replica;
+    uint64_t took = now_of(fill) - fill->granted_ns;
+    spread_window_took(&pull->window, took);
+    pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
+    source_praise(fill->source);
+    if (fill->twin) {
+        fill_cancel(fill->twin); /* from here on nobody else writes there */
+    }
+    if (!fill->apart) {
+        return 0;
+    }
+    uint64_t offset = replica_shard_offset(replica, fill->request.shard);
+    int status = storage_populate(replica->map, offset, fill->request.fetch.length);
+    if (status == 0) {
+        memcpy(replica->map + offset, fill->apart, fill->request.fetch.length);
+    }
+    return status;
+}
+
+static void fill_ended(struct request *request, int status, uint32_t retry_ms)
+{
+    struct fill *fill = fill_of(request);
+    struct source *source = fill->source;
+    struct pull *pull = source->pull;
+    struct replica *replica = pull->replica;
+    uint32_t shard = request->shard;
+
+    if (status == 0 && !fill_verify(fill)) {
+        status = -EBADMSG;
+        atomic_fetch_add(&pull->lane->engine->counters.shards_corrupt, 1);
+        peer_strike(supplier_peer(source->attachment.supplier));
+    } else if (status == 0) {
+        status = fill_take(fill);
+    } else if (status == -EBUSY) {
+        source_busy(source, shard, retry_ms);
+    } else {
+        source_blame(source, status);
+    }
+    bool twin = fill->twin;
+    fill_free(fill);
+    if (!twin && status == -EBUSY) {
+        shard_put(replica, shard);
+    } else if (!twin) {
+        replica_shard_settle(replica, shard, status);
+    }
+    source_pump_all(pull);
+}
+
+/* ---- elsewhere ---- */
+
+bool fill_move(struct source *source, uint64_t now_ns)
+{
+    struct fill *fill;
+    DL_FOREACH(source->pull->fills, fill) {
+        uint32_t shard = fill->request.shard;
+        if (fill->granted_ns || fill->twin || fill->source == source ||
+            now_ns - fill->asked_ns < FILL_MOVE_NS || !source_has(source, shard)) {
+            continue;
+        }
+        bool urgent = fill->request.urgent;
+        fill_cancel(fill);
+        if (!fill_ask(source, shard, urgent, false)) {
+            shard_put(source->pull->replica, shard);
+        }
+        return true;
+    }
+    return false;
+}
+
+static bool demanded(const struct replica *replica, uint32_t shard)
+{
+    const struct engine_waiter *waiter;
+    DL_FOREACH(replica->waiters, waiter) {
+        if (shard >= waiter->first && shard <= waiter->last) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void fill_promote(struct pull *pull)
+{
+    struct replica *replica = pull->replica;
+    struct fill *fill;
+    struct fill *next;
+    DL_FOREACH_SAFE(pull->fills, fill, next) {
+        if (fill->granted_ns || fill->twin || fill->request.urgent) {
+            continue;
+        }
+        uint32_t shard = fill->request.shard;
+        pthread_mutex_lock(&replica->lock);
+        bool wanted = demanded(replica, shard);
+        pthread_mutex_unlock(&replica->lock);
+        if (wanted) {
+            fill_cancel(fill);
+            shard_put(replica, shard);
+        }
+    }
+}
+
+/* Another source that has the shard; the idlest. */
+static struct source *source_other(const struct fill *fill, uint64_t now_ns)
+{
+    struct source *best = NULL;
+    struct source *source;
+    DL_FOREACH(fill->source->pull->sources, source) {
+        if (source != fill->source && source_usable(source, now_ns) &&
+            source_has(source, fill->request.shard) &&
+            (!best || source->inflight < best->inflight)) {
+            best = source;
+        }
+    }
+    return best;
+}
+
+/* No byte for too long: away from there. True: the fill is gone. */
+static bool fill_stalled(struct fill *fill, uint64_t now_ns)
+{
+    uint64_t still = now_ns - fill->progress_ns;
+    struct supplier *supplier = fill->source->attachment.supplier;
+    bool silent = now_ns - supplier_heard_ns(supplier) > FILL_STALL_NS;
+    /* On a slow link a shard may have to wait for those before it. */
+    bool moves = now_ns - fill->source->progress_ns < FILL_STALL_NS;
+    if (still < FILL_STALL_NS || (moves && still < FILL_STARVED_NS) ||
+        (!fill->granted_ns && !silent && still < FILL_AGAIN_NS)) {
+        return false; /* who waits for his turn and hears from there is not stalled */
+    }
+    bool other = fill->twin || source_other(fill, now_ns);
+    if (!other && (still < FILL_AGAIN_NS || (!fill->granted_ns && !silent))) {
+        return false; /* nobody better */
+    }
+    struct source *source = fill->source;
+    struct replica *replica = source->pull->replica;
+    uint32_t shard = fill->request.shard;
+    bool blamed = fill->granted_ns || silent;
+    if (blamed) {
+        log_info("peer %s: no byte of a shard for %llu ms; asking %s",
+                 supplier_node(supplier)->name, (unsigned long long)(still / 1000000),
+                 other ? "another" : "again");
+        source_blame(source, -ETIMEDOUT);
+        if (other) {
+            source->busy_until_ns = now_ns + FILL_LEFT_NS * source->failures;
+        }
+    }
+    bool twin = fill->twin;
+    fill_cancel(fill);
+    if (!twin && blamed) {
+        replica_shard_settle(replica, shard, -ETIMEDOUT);
+    } else if (!twin) {
+        shard_put(replica, shard);
+    }
+    return true;
+}
+
+/* The last shards, and those that readers wait for, are asked twice when they are late. */
+static void fill_hedge(struct fill *fill, uint64_t now_ns)
+{
+    struct pull *pull = fill->source->pull;
+    struct replica *replica = pull->replica;
+    if (fill->twin || pull->hedges >= spread_hedge_budget(replica->shards) ||
+        !spread_hedge_due(now_ns - fill->asked_ns, pull->usual_ns)) {
+        return;
+    }
+    struct source *other = source_other(fill, now_ns);
+    if (!other || other->inflight) {
+        return; /* it has more urgent things to do */
+    }
+    pthread_mutex_lock(&replica->lock);
+    bool last = fill->request.urgent || (replica->whole && spread_absent(replica->spread) == 0);
+    pthread_mutex_unlock(&replica->lock);
+    struct fill *twin =
+        last ? fill_ask(other, fill->request.shard, fill->request.urgent, true) : NULL;
+    if (twin) {
+        twin->twin = fill;
+        fill->twin = twin;
+        pull->hedges++;
+        atomic_fetch_add(&pull->lane->engine->counters.shards_hedged, 1);
+    }
+}
+
+void fill_tick(struct pull *pull, uint64_t now_ns)
+{
+    struct fill *fill;
+    struct fill *next;
+    DL_FOREACH_SAFE(pull->fills, fill, next) {
+        if (!fill_stalled(fill, now_ns)) {
+            fill_hedge(fill, now_ns);
+        }
+    }
+}
+
+static const struct request_ops fill_ops = {
+    .granted = fill_granted,
+    .landed = fill_landed,
+    .ended = fill_ended,
+};

@@ -1,0 +1,229 @@
+#include "engine/neighbours.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <utlist.h>
+
+#include "meta/base/util.h"
+
+#define NEIGHBOURS_ALL_LANES_MAX 2 /* so many neighbours, and no more, get a link on each lane */
+#define NEIGHBOURS_CONNECT_MS    4000
+
+struct neighbours {
+    struct neighbour *list;
+    size_t count;
+    char locality[MODEL_NODE_MAX + 1]; /* this node's */
+};
+
+int neighbours_open(struct replica *replica)
+{
+    if (replica->neighbours) {
+        return 0;
+    }
+    struct neighbours *n = calloc(1, sizeof *n);
+    if (!n) {
+        return -ENOMEM;
+    }
+    const struct engine_config *config = &replica->engine->config;
+    struct model_node self;
+    if (catalog_node(config->catalog, config->node, &self) == 0) {
+        snprintf(n->locality, sizeof n->locality, "%s", self.locality);
+    }
+    replica->neighbours = n;
+    return 0;
+}
+
+void neighbours_close(struct replica *replica)
+{
+    struct neighbours *n = replica->neighbours;
+    if (!n) {
+        return;
+    }
+    struct neighbour *neighbour;
+    struct neighbour *next;
+    DL_FOREACH_SAFE(n->list, neighbour, next) {
+        free(neighbour);
+    }
+    free(n);
+    replica->neighbours = NULL;
+}
+
+struct neighbour *neighbours_list(const struct replica *replica)
+{
+    return replica->neighbours ? replica->neighbours->list : NULL;
+}
+
+struct neighbour *neighbours_find(const struct replica *replica, const char *node, uint64_t boot)
+{
+    struct neighbour *neighbour;
+    DL_FOREACH(neighbours_list(replica), neighbour) {
+        if (neighbour->node.boot == boot && strcmp(neighbour->node.name, node) == 0) {
+            return neighbour;
+        }
+    }
+    return NULL;
+}
+
+static void neighbour_forget(struct neighbours *n, struct neighbour *neighbour)
+{
+    DL_DELETE(n->list, neighbour);
+    n->count--;
+    free(neighbour);
+}
+
+/* One of those that are not in use makes room for a newcomer. */
+static bool room_make(struct neighbours *n)
+{
+    if (n->count < NEIGHBOURS_KNOWN_MAX) {
+        return true;
+    }
+    size_t skip = util_random_u64() % (NEIGHBOURS_KNOWN_MAX / 2);
+    struct neighbour *neighbour;
+    DL_FOREACH(n->list, neighbour) {
+        if (!neighbour->chosen && !neighbour->attached && skip-- == 0) {
+            neighbour_forget(n, neighbour);
+            return true;
+        }
+    }
+    return false;
+}
+
+void neighbours_learn(struct replica *replica, const struct model_node *node)
+{
+    struct neighbours *n = replica->neighbours;
+    struct engine *engine = replica->engine;
+    if (!n || strcmp(node->name, engine->config.node) == 0) {
+        return;
+    }
+    struct neighbour *neighbour = neighbours_find(replica, node->name, node->boot);
+    if (neighbour) {
+        neighbour->gone = false;
+        return;
+    }
+    struct peer *peer = peers_get(engine->peers, node->name, node->address);
+    if (!peer || !room_make(n) || !(neighbour = calloc(1, sizeof *neighbour))) {
+        return; /* named again, it gets another chance */
+    }
+    unsigned nearness = spread_nearness(n->locality, node->locality);
+    *neighbour = (struct neighbour){.node = *node,
+                                    .peer = peer,
+                                    .near = nearness == 2,
+                                    .far = nearness < 2,
+                                    .since_ms = util_now_ms()};
+    DL_APPEND(n->list, neighbour);
+    n->count++;
+}
+
+bool neighbours_choose(struct replica *replica, uint64_t now_ms)
+{
+    struct neighbours *n = replica->neighbours;
+    bool changed = false;
+    for (;;) {
+        struct neighbour *candidates[NEIGHBOURS_KNOWN_MAX];
+        bool near[NEIGHBOURS_KNOWN_MAX];
+        size_t count = 0;
+        size_t chosen = 0;
+        size_t chosen_near = 0;
+        struct neighbour *neighbour;
+        DL_FOREACH(n->list, neighbour) {
+            if (neighbour->chosen) {
+                chosen++;
+                chosen_near += neighbour->near;
+            } else if (!neighbour->gone && !peer_quarantined(neighbour->peer)) {
+                near[count] = neighbour->near;
+                candidates[count++] = neighbour;
+            }
+        }
+        size_t pick = spread_neighbour_choose(near, count, chosen_near, chosen, util_random_u64());
+        if (pick == count) {
+            return changed;
+        }
+        neighbour = candidates[pick];
+        neighbour->chosen = true;
+        neighbour->since_ms = now_ms;
+        neighbour->received = atomic_load(&neighbour->peer->received);
+        neighbour->lane = chosen < NEIGHBOURS_ALL_LANES_MAX
+                              ? NEIGHBOURS_ALL_LANES
+                              : (uint32_t)(neighbour->node.boot % replica->engine->lane_count);
+        changed = true;
+    }
+}
+
+/* Its record in the catalog is this incarnation's. */
+static bool node_live(const struct engine *engine, const char *name, uint64_t boot,
+                      struct model_node *node)
+{
+    return catalog_node(engine->config.catalog, name, node) == 0 && node->boot == boot;
+}
+
+static bool worst_drop(struct neighbours *n, uint64_t now_ms)
+{
+    struct neighbour *chosen[SPREAD_NEIGHBOURS];
+    struct spread_neighbour stats[SPREAD_NEIGHBOURS];
+    size_t count = 0;
+    bool others = false;
+    struct neighbour *neighbour;
+    DL_FOREACH(n->list, neighbour) {
+        uint64_t received = atomic_load(&neighbour->peer->received);
+        if (neighbour->chosen && count < SPREAD_NEIGHBOURS) {
+            uint64_t age = now_ms - neighbour->since_ms;
+            stats[count] = (struct spread_neighbour){.gone = !neighbour->attached &&
+                                                             age > NEIGHBOURS_CONNECT_MS,
+                                                     .complete = neighbour->complete,
+                                                     .received = received - neighbour->received,
+                                                     .age_ms = age};
+            chosen[count++] = neighbour;
+        } else {
+            others |= !neighbour->gone && !peer_quarantined(neighbour->peer);
+        }
+        neighbour->received = received;
+    }
+    size_t drop =
+        count == SPREAD_NEIGHBOURS && others ? spread_neighbour_drop(stats, count) : count;
+    if (drop == count) {
+        return false;
+    }
+    neighbour = chosen[drop];
+    neighbour->chosen = false;
+    /* Behind the others, in case that it is what fails. */
+    DL_DELETE(n->list, neighbour);
+    DL_APPEND(n->list, neighbour);
+    return true;
+}
+
+bool neighbours_review(struct replica *replica, uint64_t now_ms)
+{
+    struct neighbours *n = replica->neighbours;
+    bool changed = false;
+    struct neighbour *neighbour;
+    struct neighbour *next;
+    DL_FOREACH_SAFE(n->list, neighbour, next) {
+        struct model_node node;
+        if (neighbour->attached ||
+            node_live(replica->engine, neighbour->node.name, neighbour->node.boot, &node)) {
+            continue;
+        }
+        changed |= neighbour->chosen;
+        neighbour_forget(n, neighbour);
+    }
+    changed |= worst_drop(n, now_ms);
+    return neighbours_choose(replica, now_ms) || changed;
+}
+
+bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot)
+{
+    struct model_node live;
+    if (!node_live(replica->engine, node, boot, &live)) {
+        return false;
+    }
+    pthread_mutex_lock(&replica->lock);
+    bool changed = false;
+    if (replica->neighbours && replica->pulling) {
+        neighbours_learn(replica, &live);
+        changed = neighbours_choose(replica, util_now_ms());
+    }
+    pthread_mutex_unlock(&replica->lock);
+    return changed;
+}

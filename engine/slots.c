@@ -1,0 +1,229 @@
+#include "engine/slots.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <utlist.h>
+
+#define SLOTS_OVERDUE_NS       1000000000ull /* no grant is overdue before */
+#define SLOTS_PATIENCE_MIN_MS  250
+#define SLOTS_PATIENCE_MAX_MS  5000
+#define SLOTS_PATIENCE_UNKNOWN 1000
+#define SLOTS_PROMISED         UINT64_MAX
+
+struct slots slots_new(void)
+{
+    return (struct slots){.window = spread_window_new(SLOTS_FLOOR, SLOTS_CEILING)};
+}
+
+bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *ask)
+{
+    if (peer->waiting >= SLOTS_WAITING_PEER || slots->waiting_count >= SLOTS_WAITING_NODE) {
+        return false;
+    }
+    ask->peer = peer;
+    ask->state = SLOTS_WAITING;
+    if (ask->urgent) {
+        DL_APPEND(peer->urgent, ask);
+    } else {
+        DL_APPEND(peer->normal, ask);
+    }
+    if (peer->waiting++ == 0) {
+        DL_APPEND(slots->queue, peer);
+    }
+    slots->waiting_count++;
+    return true;
+}
+
+static void waiting_leave(struct slots *slots, struct slots_ask *ask)
+{
+    struct slots_peer *peer = ask->peer;
+    if (ask->urgent) {
+        DL_DELETE(peer->urgent, ask);
+    } else {
+        DL_DELETE(peer->normal, ask);
+    }
+    if (--peer->waiting == 0) {
+        DL_DELETE(slots->queue, peer);
+    }
+    slots->waiting_count--;
+}
+
+static bool goes_before(const struct slots_peer *a, const struct slots_peer *b)
+{
+    return !b || a->granted < b->granted || (a->granted == b->granted && a->turn < b->turn);
+}
+
+struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
+{
+    uint32_t room = slots->window.width;
+    if (slots->granted_count >= room + SPREAD_URGENT_EXTRA ||
+        slots->overdue_count >= SLOTS_OVERDUE_MAX) {
+        return NULL;
+    }
+    struct slots_peer *urgent = NULL;
+    struct slots_peer *normal = NULL;
+    struct slots_peer *peer;
+    DL_FOREACH(slots->queue, peer) {
+        if (peer->urgent && goes_before(peer, urgent)) {
+            urgent = peer;
+        }
+        if (peer->normal && goes_before(peer, normal)) {
+            normal = peer;
+        }
+    }
+    if (!urgent && slots->granted_count >= room) {
+        return NULL;
+    }
+    peer = urgent ? urgent : normal;
+    if (!peer) {
+        return NULL;
+    }
+    struct slots_ask *ask = urgent ? peer->urgent : peer->normal;
+    waiting_leave(slots, ask);
+    ask->state = SLOTS_GRANTED;
+    ask->since_ns = now_ns;
+    DL_APPEND(slots->granted, ask);
+    slots->granted_count++;
+    peer->granted++;
+    peer->turn = ++slots->turns;
+    return ask;
+}
+
+static void granted_leave(struct slots *slots, struct slots_ask *ask)
+{
+    DL_DELETE(slots->granted, ask);
+    slots->granted_count--;
+    ask->peer->granted--;
+}
+
+void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool done)
+{
+    switch (ask->state) {
+    case SLOTS_WAITING:
+        waiting_leave(slots, ask);
+        break;
+    case SLOTS_GRANTED: {
+        uint64_t took = now_ns > ask->since_ns ? now_ns - ask->since_ns : 1;
+        granted_leave(slots, ask);
+        if (done) {
+            spread_window_took(&slots->window, took);
+            slots->usual_ns = slots->usual_ns ? (slots->usual_ns * 7 + took) / 8 : took;
+        }
+        break;
+    }
+    case SLOTS_OVERDUE:
+        slots->overdue_count--;
+        break;
+    default:
+        break;
+    }
+    ask->state = SLOTS_IDLE;
+}
+
+void slots_overdue(struct slots *slots, uint64_t now_ns)
+{
+    uint64_t most = slots->usual_ns * 4 > SLOTS_OVERDUE_NS ? slots->usual_ns * 4 : SLOTS_OVERDUE_NS;
+    while (slots->granted && now_ns > slots->granted->since_ns + most) {
+        struct slots_ask *ask = slots->granted;
+        granted_leave(slots, ask);
+        ask->state = SLOTS_OVERDUE;
+        slots->overdue_count++;
+    }
+}
+
+uint32_t slots_patience_ms(const struct slots *slots)
+{
+    uint64_t ms = slots->usual_ns ? slots->usual_ns * 3 / 1000000 : SLOTS_PATIENCE_UNKNOWN;
+    if (ms < SLOTS_PATIENCE_MIN_MS) {
+        return SLOTS_PATIENCE_MIN_MS;
+    }
+    return ms < SLOTS_PATIENCE_MAX_MS ? (uint32_t)ms : SLOTS_PATIENCE_MAX_MS;
+}
+
+/* ---- the book of a version ---- */
+
+struct slots_entry {
+    uint64_t landed_ms; /* SLOTS_PROMISED: not yet */
+    uint32_t to;        /* 0: nobody has got it */
+};
+
+struct slots_book {
+    uint32_t shards;
+    uint32_t fresh;
+    uint32_t cursor; /* advice goes on here */
+    struct slots_entry entries[];
+};
+
+int slots_book_open(uint32_t shards, struct slots_book **book)
+{
+    struct slots_book *b = calloc(1, sizeof *b + (size_t)shards * sizeof b->entries[0]);
+    if (!b) {
+        return -ENOMEM;
+    }
+    b->shards = shards;
+    b->fresh = shards;
+    *book = b;
+    return 0;
+}
+
+void slots_book_close(struct slots_book *book)
+{
+    free(book);
+}
+
+uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t to,
+                         uint64_t now_ms, uint32_t patience_ms)
+{
+    const struct slots_entry *entry = &book->entries[shard];
+    if (entry->to == 0 || entry->to == to) {
+        return 0;
+    }
+    if (entry->landed_ms == SLOTS_PROMISED) {
+        return patience_ms;
+    }
+    uint64_t end = entry->landed_ms + patience_ms;
+    return now_ms < end ? (uint32_t)(end - now_ms) : 0;
+}
+
+void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to)
+{
+    struct slots_entry *entry = &book->entries[shard];
+    book->fresh -= entry->to == 0;
+    *entry = (struct slots_entry){.landed_ms = SLOTS_PROMISED, .to = to};
+}
+
+void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms,
+                       bool landed)
+{
+    struct slots_entry *entry = &book->entries[shard];
+    if (entry->to != to) {
+        return; /* promised to another one since */
+    }
+    if (landed) {
+        entry->landed_ms = now_ms;
+    } else {
+        entry->to = 0;
+        book->fresh++;
+    }
+}
+
+uint32_t slots_book_fresh(const struct slots_book *book)
+{
+    return book->fresh;
+}
+
+uint32_t slots_book_advise(struct slots_book *book, uint32_t *shards, uint32_t most)
+{
+    uint32_t count = 0;
+    if (most > book->fresh) {
+        most = book->fresh;
+    }
+    for (uint32_t i = 0; i < book->shards && count < most; i++) {
+        uint32_t k = book->cursor;
+        book->cursor = k + 1 < book->shards ? k + 1 : 0;
+        if (book->entries[k].to == 0) {
+            shards[count++] = k;
+        }
+    }
+    return count;
+}

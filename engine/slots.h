@@ -1,0 +1,89 @@
+/* Slots: who may have this node's bytes now, and who has to wait or go elsewhere.
+ *
+ * Decides only, like spread.h: the caller locks, and brings the time along.
+ *
+ * Slots: one for each shard that is granted and not done, over all links of the node. Their number follows the time
+ * that shards take: few on a link that is full, so that what is granted arrives soon and can be passed on, many where
+ * shards come and go in milliseconds. Asks beyond them wait in a short queue per peer; a free slot goes to the peer
+ * that has the fewest, then to the one that waited longest, readers' asks before background. A grant that takes far
+ * longer than usual no longer counts, so slow and stopped peers cannot hold what others need.
+ *
+ *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
+ *
+ * The book of a version keeps which of its shards were handed out, and to whom. While a complete holder has several
+ * followers, it hands out each shard once before it repeats one: who asks for a shard that another one has just got is
+ * told to be patient, and which shards nobody has got yet. */
+#ifndef P2PFS_ENGINE_SLOTS_H
+#define P2PFS_ENGINE_SLOTS_H
+
+#include "engine/spread.h"
+
+#define SLOTS_FLOOR        4
+#define SLOTS_CEILING      64
+#define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue */
+#define SLOTS_WAITING_NODE 8192 /* of all peers */
+#define SLOTS_OVERDUE_MAX \
+    1024 /* grants that no longer count; beyond them nothing more is granted */
+
+enum slots_state { SLOTS_IDLE, SLOTS_WAITING, SLOTS_GRANTED, SLOTS_OVERDUE };
+
+struct slots_peer;
+
+struct slots_ask { /* the caller's memory; all zero is IDLE */
+    bool urgent;   /* set by the caller */
+    enum slots_state state;
+    struct slots_peer *peer;
+    uint64_t since_ns; /* granted */
+    struct slots_ask *prev, *next;
+};
+
+struct slots_peer { /* the caller's memory; all zero at first */
+    struct slots_ask *urgent, *normal;
+    uint32_t waiting;
+    uint32_t granted;
+    uint64_t turn; /* of its last grant */
+    struct slots_peer *prev, *next;
+};
+
+struct slots {
+    struct spread_window window;
+    struct slots_peer *queue;  /* peers that wait for something */
+    struct slots_ask *granted; /* oldest first */
+    uint32_t granted_count;
+    uint32_t overdue_count;
+    uint32_t waiting_count;
+    uint64_t turns;
+    uint64_t usual_ns; /* from grant to done, smoothed; 0: not known yet */
+};
+
+struct slots slots_new(void);
+/* Puts an IDLE ask into the queue. False: the queue is full; the answer is BUSY. */
+bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *ask);
+/* The ask that is granted now, or NULL. Call until NULL after every ask, end and overdue. */
+struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns);
+/* The ask is over or given up, in whatever state. done: its peer has landed all of it. */
+void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool done);
+/* Lets go of grants that take too long; from time to time. */
+void slots_overdue(struct slots *slots, uint64_t now_ns);
+/* How long a shard that was handed out is not repeated: the time in which the swarm usually passes it on. */
+uint32_t slots_patience_ms(const struct slots *slots);
+
+/* ---- the book of a version ---- */
+
+struct slots_book;
+
+int slots_book_open(uint32_t shards, struct slots_book **book); /* 0, -ENOMEM */
+void slots_book_close(struct slots_book *book);                 /* NULL is harmless */
+/* Milliseconds for which `to` (any number that tells peers apart, not 0) should not get the shard, since another one
+ * has it or gets it; 0: it may. */
+uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t to,
+                         uint64_t now_ms, uint32_t patience_ms);
+void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to); /* `to` gets it */
+/* The promise is over: landed there, or not, and then it is as if it had never been made. */
+void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms,
+                       bool landed);
+uint32_t slots_book_fresh(const struct slots_book *book); /* shards that nobody has got or gets */
+/* Up to `most` shards that nobody has got, each call others; how many. */
+uint32_t slots_book_advise(struct slots_book *book, uint32_t *shards, uint32_t most);
+
+#endif

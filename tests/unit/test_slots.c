@@ -1,0 +1,202 @@
+/* Upload slots: what slots.h promises, on a clock of the test's own. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <string.h>
+
+#include "engine/slots.h"
+
+#define MS 1000000ull
+
+static void beyond_the_slots_asks_wait_and_a_free_slot_goes_on(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask asks[SLOTS_FLOOR + 2] = {0};
+    for (unsigned i = 0; i < SLOTS_FLOOR + 2; i++) {
+        assert_true(slots_ask(&slots, &peer, &asks[i]));
+    }
+    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        assert_ptr_equal(slots_next(&slots, 0), &asks[i]);
+    }
+    assert_null(slots_next(&slots, 0));
+    slots_end(&slots, &asks[SLOTS_FLOOR], 0, false); /* given up while it waits */
+    assert_null(slots_next(&slots, 0));
+    slots_end(&slots, &asks[1], 200 * MS, true);
+    assert_ptr_equal(slots_next(&slots, 200 * MS), &asks[SLOTS_FLOOR + 1]);
+    assert_null(slots_next(&slots, 200 * MS));
+    assert_int_equal(asks[1].state, SLOTS_IDLE);
+    assert_int_equal(slots.waiting_count, 0);
+}
+
+/* One peer that asks for much does not keep another waiting. */
+static void slots_go_round_the_peers(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peers[3] = {0};
+    struct slots_ask asks[3][40] = {0};
+    for (unsigned p = 0; p < 3; p++) {
+        for (unsigned i = 0; i < (p == 0 ? 40 : 10); i++) {
+            assert_true(slots_ask(&slots, &peers[p], &asks[p][i]));
+        }
+    }
+    struct slots_ask *running[SLOTS_FLOOR];
+    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        running[i] = slots_next(&slots, 0);
+        assert_non_null(running[i]);
+    }
+    unsigned got[3] = {0};
+    for (unsigned round = 0; round < 24; round++) {
+        struct slots_ask *ended = running[round % SLOTS_FLOOR];
+        got[ended->peer - peers]++;
+        slots_end(&slots, ended, 50 * MS, true);
+        running[round % SLOTS_FLOOR] = slots_next(&slots, 50 * MS);
+        assert_non_null(running[round % SLOTS_FLOOR]);
+    }
+    for (unsigned p = 0; p < 3; p++) {
+        assert_in_range(got[p], 7, 9);
+    }
+}
+
+static void a_reader_goes_before_background(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peers[2] = {0};
+    struct slots_ask asks[20] = {0};
+    for (unsigned i = 0; i < 20; i++) {
+        assert_true(slots_ask(&slots, &peers[0], &asks[i]));
+    }
+    while (slots_next(&slots, 0)) {
+    }
+    struct slots_ask urgent[SPREAD_URGENT_EXTRA + 1] = {0};
+    for (unsigned i = 0; i < SPREAD_URGENT_EXTRA + 1; i++) {
+        urgent[i].urgent = true;
+        assert_true(slots_ask(&slots, &peers[1], &urgent[i]));
+    }
+    for (unsigned i = 0; i < SPREAD_URGENT_EXTRA; i++) { /* beyond the slots, at once */
+        assert_ptr_equal(slots_next(&slots, 0), &urgent[i]);
+    }
+    assert_null(slots_next(&slots, 0));
+    slots_end(&slots, &asks[0], 50 * MS, true); /* then as the next one */
+    assert_ptr_equal(slots_next(&slots, 50 * MS), &urgent[SPREAD_URGENT_EXTRA]);
+}
+
+static void who_never_says_done_holds_no_slot(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peers[2] = {0};
+    struct slots_ask asks[2][SLOTS_FLOOR] = {0};
+    for (unsigned p = 0; p < 2; p++) {
+        for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+            assert_true(slots_ask(&slots, &peers[p], &asks[p][i]));
+        }
+        if (p == 0) {
+            while (slots_next(&slots, 0)) {
+            }
+        }
+    }
+    slots_overdue(&slots, 500 * MS);
+    assert_null(slots_next(&slots, 500 * MS));
+    slots_overdue(&slots, 1500 * MS);
+    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        assert_ptr_equal(slots_next(&slots, 1500 * MS), &asks[1][i]);
+    }
+    slots_end(&slots, &asks[0][0], 9000 * MS, true); /* late is still fine */
+    for (unsigned p = 0; p < 2; p++) {
+        for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+            slots_end(&slots, &asks[p][i], 9000 * MS, false);
+        }
+    }
+    assert_int_equal(slots.granted_count + slots.overdue_count + slots.waiting_count, 0);
+    assert_int_equal(peers[0].granted + peers[1].granted, 0);
+}
+
+static void slots_grow_while_shards_are_quick(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask ask = {0};
+    for (unsigned i = 0; i < 200; i++) {
+        assert_true(slots_ask(&slots, &peer, &ask));
+        assert_ptr_equal(slots_next(&slots, i * MS), &ask);
+        slots_end(&slots, &ask, i * MS + 1, true);
+    }
+    assert_int_equal(slots.window.width, SLOTS_CEILING);
+}
+
+static void a_full_queue_says_so(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask asks[SLOTS_WAITING_PEER + 1] = {0};
+    for (unsigned i = 0; i < SLOTS_WAITING_PEER; i++) {
+        assert_true(slots_ask(&slots, &peer, &asks[i]));
+    }
+    assert_false(slots_ask(&slots, &peer, &asks[SLOTS_WAITING_PEER]));
+    assert_int_equal(asks[SLOTS_WAITING_PEER].state, SLOTS_IDLE);
+}
+
+static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
+{
+    struct slots_book *book;
+    assert_int_equal(slots_book_open(100, &book), 0);
+    assert_int_equal(slots_book_wait(book, 7, 1, 0, 300), 0);
+    slots_book_promise(book, 7, 1);
+    assert_int_equal(slots_book_wait(book, 7, 2, 0, 300), 300); /* on its way to 1 */
+    assert_int_equal(slots_book_wait(book, 7, 1, 0, 300), 0);   /* who asks for it again gets it */
+    slots_book_settle(book, 7, 1, 1000, true);
+    assert_int_equal(slots_book_wait(book, 7, 2, 1100, 300), 200);
+    assert_int_equal(slots_book_wait(book, 7, 2, 1300, 300), 0); /* 1 does not pass it on */
+
+    slots_book_promise(book, 8, 1);
+    assert_int_equal(slots_book_fresh(book), 98);
+    slots_book_settle(book, 8, 1, 1000, false); /* it never got there */
+    assert_int_equal(slots_book_wait(book, 8, 2, 1000, 300), 0);
+    assert_int_equal(slots_book_fresh(book), 99);
+    slots_book_close(book);
+}
+
+/* Everybody is pointed to other shards, and to all of those that nobody has. */
+static void advice_names_what_nobody_has(void **state)
+{
+    struct slots_book *book;
+    bool named[100] = {false};
+    assert_int_equal(slots_book_open(100, &book), 0);
+    for (uint32_t k = 0; k < 100; k += 2) {
+        slots_book_promise(book, k, 1);
+    }
+    for (unsigned round = 0; round < 10; round++) {
+        uint32_t shards[5];
+        assert_int_equal(slots_book_advise(book, shards, 5), 5);
+        for (unsigned i = 0; i < 5; i++) {
+            assert_int_equal(shards[i] % 2, 1);
+            assert_false(named[shards[i]]);
+            named[shards[i]] = true;
+        }
+    }
+    for (uint32_t k = 1; k < 100; k += 2) {
+        slots_book_promise(book, k, 1);
+    }
+    uint32_t shard;
+    assert_int_equal(slots_book_advise(book, &shard, 1), 0);
+    slots_book_close(book);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(beyond_the_slots_asks_wait_and_a_free_slot_goes_on),
+        cmocka_unit_test(slots_go_round_the_peers),
+        cmocka_unit_test(a_reader_goes_before_background),
+        cmocka_unit_test(who_never_says_done_holds_no_slot),
+        cmocka_unit_test(slots_grow_while_shards_are_quick),
+        cmocka_unit_test(a_full_queue_says_so),
+        cmocka_unit_test(each_shard_is_handed_out_once_before_one_is_repeated),
+        cmocka_unit_test(advice_names_what_nobody_has),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
