@@ -51,22 +51,6 @@ struct kit_node {
     int gone;
 };
 
-static KIT_UNUSED int kit_setup(void **state)
-{
-    snprintf(kit_dir, sizeof(kit_dir), "/tmp/p2pfs-test-catalog-XXXXXX");
-    if (!mkdtemp(kit_dir))
-        return -1;
-    snprintf(kit_url, sizeof(kit_url), "local://%s", kit_dir);
-    return 0;
-}
-
-static KIT_UNUSED int kit_teardown(void **state)
-{
-    char command[160];
-    snprintf(command, sizeof(command), "rm -rf %s %s.*", kit_dir, kit_dir);
-    return system(command);
-}
-
 static void kit_tell(struct kit_node *node, const char *word, const char *detail)
 {
     pthread_mutex_lock(&node->mutex);
@@ -175,6 +159,34 @@ static KIT_UNUSED void kit_close(struct kit_node *node)
     pthread_mutex_destroy(&node->mutex);
     free(node);
 }
+
+/* ---- a story: a directory and two nodes ---- */
+
+static struct kit_node *a;
+static struct kit_node *b;
+
+static KIT_UNUSED int kit_setup(void **state)
+{
+    log_setup(LOG_ERROR, false);
+    snprintf(kit_dir, sizeof(kit_dir), "/tmp/p2pfs-test-catalog-XXXXXX");
+    if (!mkdtemp(kit_dir))
+        return -1;
+    snprintf(kit_url, sizeof(kit_url), "local://%s", kit_dir);
+    a = kit_up("a");
+    b = kit_up("b");
+    return 0;
+}
+
+static KIT_UNUSED int kit_teardown(void **state)
+{
+    char command[160];
+    kit_close(a);
+    kit_close(b);
+    snprintf(command, sizeof(command), "rm -rf %s %s.*", kit_dir, kit_dir);
+    return system(command);
+}
+
+#define KIT_STORY(test) cmocka_unit_test_setup_teardown(test, kit_setup, kit_teardown)
 
 /* ---- changes that wait ---- */
 

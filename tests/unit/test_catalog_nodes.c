@@ -1,25 +1,6 @@
 /* Nodes: their leases and names, who holds what, and what becomes of it when they end. */
 #include "test_catalog_kit.h"
 
-static struct kit_node *a;
-static struct kit_node *b;
-
-static int setup(void **state)
-{
-    if (kit_setup(state) < 0)
-        return -1;
-    a = kit_up("a");
-    b = kit_up("b");
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    kit_close(a);
-    kit_close(b);
-    return kit_teardown(state);
-}
-
 /* A node that registers or holds "f" and then waits to be killed. */
 static int role_registers(const char *argument)
 {
@@ -162,9 +143,7 @@ static void a_killed_node_is_gone_within_its_lease(void **state)
     struct model_id id = version_at(a, "f");
     assert_string_equal(do_holders(a, &id), "victim+ ");
     kill_now(child);
-    uint64_t start = util_now_ms();
     kit_until(KIT_LEASE_MS + 1000, kit_told(a, "down:victim"));
-    print_message("gone after %d ms, lease %d ms\n", (int)(util_now_ms() - start), KIT_LEASE_MS);
     assert_string_equal(do_holders(a, &id), "");
     assert_true(sees(a, "f")); /* the name stays */
     assert_int_equal(raw_count("h/"), 0);
@@ -373,8 +352,6 @@ static void without_a_time_nothing_is_swept(void **state)
     assert_true(sees(a, "f") && sees(b, "f"));
 }
 
-#define STORY(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
-
 static const struct kit_role roles[] = {
     {"registers", role_registers},
     {"holds", role_holds},
@@ -386,23 +363,23 @@ int main(int argc, char **argv)
 {
     kit_play(argc, argv, roles);
     const struct CMUnitTest tests[] = {
-        STORY(nodes_know_each_other),
-        STORY(a_node_that_never_serves_is_not_listed),
-        STORY(bad_node_names_are_refused),
-        STORY(a_name_in_use_by_a_live_process_is_refused_at_once),
-        STORY(a_name_in_use_that_may_be_dead_is_refused_after_a_lease),
-        STORY(the_name_of_a_dead_process_is_taken_over_at_once),
-        STORY(a_killed_node_is_gone_within_its_lease),
-        STORY(a_stopped_node_loses_its_place_and_gets_it_back),
-        STORY(holders_are_announced_and_withdrawn),
-        STORY(the_census_counts_live_holders),
-        STORY(the_last_copy_is_never_withdrawn),
-        STORY(two_never_withdraw_the_last_two_copies),
-        STORY(a_closing_node_withdraws_everything),
-        STORY(damaged_holder_records_are_passed_over),
-        STORY(a_name_that_nobody_holds_is_swept_after_its_time),
-        STORY(a_holder_that_returns_in_time_saves_the_name),
-        STORY(without_a_time_nothing_is_swept),
+        KIT_STORY(nodes_know_each_other),
+        KIT_STORY(a_node_that_never_serves_is_not_listed),
+        KIT_STORY(bad_node_names_are_refused),
+        KIT_STORY(a_name_in_use_by_a_live_process_is_refused_at_once),
+        KIT_STORY(a_name_in_use_that_may_be_dead_is_refused_after_a_lease),
+        KIT_STORY(the_name_of_a_dead_process_is_taken_over_at_once),
+        KIT_STORY(a_killed_node_is_gone_within_its_lease),
+        KIT_STORY(a_stopped_node_loses_its_place_and_gets_it_back),
+        KIT_STORY(holders_are_announced_and_withdrawn),
+        KIT_STORY(the_census_counts_live_holders),
+        KIT_STORY(the_last_copy_is_never_withdrawn),
+        KIT_STORY(two_never_withdraw_the_last_two_copies),
+        KIT_STORY(a_closing_node_withdraws_everything),
+        KIT_STORY(damaged_holder_records_are_passed_over),
+        KIT_STORY(a_name_that_nobody_holds_is_swept_after_its_time),
+        KIT_STORY(a_holder_that_returns_in_time_saves_the_name),
+        KIT_STORY(without_a_time_nothing_is_swept),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

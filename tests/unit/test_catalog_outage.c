@@ -6,26 +6,6 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 
-static struct kit_node *a;
-static struct kit_node *b;
-
-static int setup(void **state)
-{
-    log_setup(LOG_ERROR, false);
-    if (kit_setup(state) < 0)
-        return -1;
-    a = kit_up("a");
-    b = kit_up("b");
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    kit_close(a);
-    kit_close(b);
-    return kit_teardown(state);
-}
-
 static bool online(struct kit_node *n)
 {
     return catalog_online(n->catalog, NULL);
@@ -621,8 +601,6 @@ static void a_url_that_cannot_be_opened_is_explained(void **state)
     }
 }
 
-#define STORY(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
-
 static const struct kit_role roles[] = {
     {"fills", role_fills_a_disk},
     {"watches", role_watches},
@@ -633,23 +611,23 @@ int main(int argc, char **argv)
 {
     kit_play(argc, argv, roles);
     const struct CMUnitTest tests[] = {
-        STORY(while_the_service_is_away_names_are_read_and_changes_fail),
-        STORY(what_changed_meanwhile_is_told_as_changes),
-        STORY(a_holder_that_leaves_during_an_outage_is_withdrawn_after_it),
-        STORY(an_announcement_that_failed_is_repeated),
-        STORY(a_service_that_came_back_empty_is_filled_from_memory),
-        STORY(the_second_node_restores_what_only_it_knows),
-        STORY(what_an_older_copy_of_the_service_lacks_is_restored),
-        STORY(a_service_that_hangs_fails_changes_in_time),
-        STORY(a_registration_that_was_reported_as_failed_is_undone),
-        STORY(a_full_disk_is_said_and_outlived),
-        STORY(records_that_cannot_be_decoded_are_left_alone),
-        STORY(records_that_contradict_themselves_are_not_shown),
-        STORY(a_node_that_missed_changes_lists_again),
-        STORY(closing_answers_every_queued_change_once),
-        STORY(closing_ends_while_the_service_is_away),
-        STORY(closing_from_a_handler_does_not_deadlock),
-        STORY(a_url_that_cannot_be_opened_is_explained),
+        KIT_STORY(while_the_service_is_away_names_are_read_and_changes_fail),
+        KIT_STORY(what_changed_meanwhile_is_told_as_changes),
+        KIT_STORY(a_holder_that_leaves_during_an_outage_is_withdrawn_after_it),
+        KIT_STORY(an_announcement_that_failed_is_repeated),
+        KIT_STORY(a_service_that_came_back_empty_is_filled_from_memory),
+        KIT_STORY(the_second_node_restores_what_only_it_knows),
+        KIT_STORY(what_an_older_copy_of_the_service_lacks_is_restored),
+        KIT_STORY(a_service_that_hangs_fails_changes_in_time),
+        KIT_STORY(a_registration_that_was_reported_as_failed_is_undone),
+        KIT_STORY(a_full_disk_is_said_and_outlived),
+        KIT_STORY(records_that_cannot_be_decoded_are_left_alone),
+        KIT_STORY(records_that_contradict_themselves_are_not_shown),
+        KIT_STORY(a_node_that_missed_changes_lists_again),
+        KIT_STORY(closing_answers_every_queued_change_once),
+        KIT_STORY(closing_ends_while_the_service_is_away),
+        KIT_STORY(closing_from_a_handler_does_not_deadlock),
+        KIT_STORY(a_url_that_cannot_be_opened_is_explained),
     };
     if (getenv("ONLY"))
         cmocka_set_test_filter(getenv("ONLY"));
