@@ -16,8 +16,7 @@ struct inodes;
 struct fresh_files;
 struct parking;
 struct through;
-struct reports;
-struct lists;
+struct opened;
 struct control;
 struct fuse_session;
 struct work;
@@ -30,8 +29,6 @@ struct house {
     struct fresh_files *fresh; /* being written on this node */
     struct parking *parking;   /* reads that wait */
     struct through *through;   /* files that the kernel reads by itself */
-    struct reports *reports;   /* files of .p2pfs that are open */
-    struct lists *lists;       /* directories that are open */
     struct control *control;
     struct fuse_session *session;
     struct work *chores; /* what may wait for a local disk or for this very mount */
@@ -46,6 +43,9 @@ struct house {
      * they are closed. */
     pthread_mutex_t gate;
     struct engine *events_to;
+
+    pthread_mutex_t opened_lock;
+    struct opened *opened; /* what the kernel has open; under opened_lock */
 
     void (*serving)(struct house *house); /* called once, when the mount answers; from a chore */
     int ready_fd;                         /* gets one byte then; -1: nobody waits */

@@ -1,13 +1,11 @@
 #include "fs/list.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <utlist.h>
-
 #include "fs/fresh.h"
+#include "fs/opened.h"
 #include "fs/reply.h"
 #include "meta/base/util.h"
 
@@ -19,22 +17,8 @@ struct listing {
     size_t draft_count;
     struct catalog_list entries;
     bool begun;
-    struct listing *prev, *next; /* among those that are open, under their lock */
+    struct opened opened;
 };
-
-struct lists {
-    pthread_mutex_t lock;
-    struct listing *open;
-};
-
-int lists_open(struct lists **lists)
-{
-    *lists = calloc(1, sizeof(**lists));
-    if (*lists == NULL)
-        return -ENOMEM;
-    pthread_mutex_init(&(*lists)->lock, NULL);
-    return 0;
-}
 
 static void listing_clear(struct listing *listing)
 {
@@ -48,26 +32,12 @@ static void listing_clear(struct listing *listing)
     listing->begun = false;
 }
 
-static void listing_free(struct lists *lists, struct listing *listing)
+static void listing_free(struct house *house, struct opened *opened)
 {
-    pthread_mutex_lock(&lists->lock);
-    DL_DELETE(lists->open, listing);
-    pthread_mutex_unlock(&lists->lock);
+    struct listing *listing = util_container(opened, struct listing, opened);
+    opened_remove(house, opened);
     listing_clear(listing);
     free(listing);
-}
-
-void lists_close(struct lists *lists)
-{
-    if (lists == NULL)
-        return;
-    struct listing *listing;
-    struct listing *next;
-    DL_FOREACH_SAFE(lists->open, listing, next) {
-        listing_free(lists, listing);
-    }
-    pthread_mutex_destroy(&lists->lock);
-    free(lists);
 }
 
 static int listing_fill(struct house *house, const struct inode *dir, struct listing *listing)
@@ -97,18 +67,17 @@ void list_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
         return;
     }
     fi->fh = (uintptr_t)listing;
-    pthread_mutex_lock(&house->lists->lock);
-    DL_APPEND(house->lists->open, listing);
-    pthread_mutex_unlock(&house->lists->lock);
+    listing->opened.drop = listing_free;
+    opened_add(house, &listing->opened);
     if (fuse_reply_open(req, fi) != 0)
-        listing_free(house->lists, listing);
+        listing_free(house, &listing->opened);
 }
 
 void list_releasedir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
 {
     struct listing *listing = (struct listing *)(uintptr_t)fi->fh;
     (void)nodeid;
-    listing_free(reply_house(req)->lists, listing);
+    listing_free(reply_house(req), &listing->opened);
     reply_status(req, 0);
 }
 

@@ -5,13 +5,6 @@
 
 #include <fuse_lowlevel.h>
 
-struct lists;
-
-int lists_open(struct lists **lists);
-/* The kernel releases nothing after the mount has ended: drops what is still open. NULL is
- * harmless. */
-void lists_close(struct lists *lists);
-
 void list_opendir(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi);
 void list_readdir(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
                   struct fuse_file_info *fi);

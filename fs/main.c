@@ -22,12 +22,11 @@
 #include "fs/fresh.h"
 #include "fs/house.h"
 #include "fs/inode.h"
-#include "fs/list.h"
 #include "fs/mountpoint.h"
 #include "fs/notice.h"
+#include "fs/opened.h"
 #include "fs/options.h"
 #include "fs/read.h"
-#include "fs/report.h"
 #include "fs/session.h"
 #include "fs/through.h"
 #include "meta/base/log.h"
@@ -200,13 +199,9 @@ static int open_files(struct house *house, const struct model_attr *root)
     if (rc == 0)
         rc = fresh_files_open(house, &house->fresh);
     if (rc == 0)
-        rc = parking_open(house, &house->parking);
+        rc = parking_open(&house->parking);
     if (rc == 0)
         rc = through_open(&house->through);
-    if (rc == 0)
-        rc = reports_open(&house->reports);
-    if (rc == 0)
-        rc = lists_open(&house->lists);
     if (rc == 0)
         rc = work_open(MAIN_CHORES, &house->chores);
     if (rc == 0)
@@ -234,14 +229,13 @@ static void quiet_files(struct house *house)
     parking_clear(house->parking);
     session_unmount(house);
     control_close(house->control);
-    reports_close(house->reports);
-    lists_close(house->lists);
     work_close(house->chores);
     pthread_mutex_lock(&house->gate);
     struct work *notices = house->notices;
     house->notices = NULL;
     pthread_mutex_unlock(&house->gate);
     work_close(notices);
+    opened_close(house);
     parking_close(house->parking);
     through_close(house->through);
 }
@@ -362,6 +356,7 @@ static int mount_main(int argc, char **argv)
 {
     struct house house = {.ready_fd = -1,
                           .gate = PTHREAD_MUTEX_INITIALIZER,
+                          .opened_lock = PTHREAD_MUTEX_INITIALIZER,
                           .serving = serving,
                           .started_ms = util_now_ms(),
                           .uid = getuid()};

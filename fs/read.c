@@ -14,12 +14,10 @@
 #include "fs/write.h"
 #include "meta/base/util.h"
 
-/* What is open, and which reads wait. */
+/* Which reads wait. */
 struct parking {
-    struct house *house;
     pthread_mutex_t lock;
     pthread_cond_t empty;
-    struct handle *handles;
     struct parked *reads;
 };
 
@@ -44,12 +42,11 @@ struct parked {
     struct parked *prev, *next; /* of the parking, under its lock */
 };
 
-int parking_open(struct house *house, struct parking **out)
+int parking_open(struct parking **out)
 {
     struct parking *parking = calloc(1, sizeof(*parking));
     if (parking == NULL)
         return -ENOMEM;
-    parking->house = house;
     pthread_mutex_init(&parking->lock, NULL);
     pthread_cond_init(&parking->empty, NULL);
     *out = parking;
@@ -60,15 +57,17 @@ void parking_close(struct parking *parking)
 {
     if (parking == NULL)
         return;
-    struct handle *handle, *next;
-    DL_FOREACH_SAFE(parking->handles, handle, next)
-        read_handle_free(parking->house, handle, NULL);
     pthread_cond_destroy(&parking->empty);
     pthread_mutex_destroy(&parking->lock);
     free(parking);
 }
 
 /* ---- opening ---- */
+
+static void handle_drop(struct house *house, struct opened *opened)
+{
+    read_handle_free(house, util_container(opened, struct handle, opened), NULL);
+}
 
 int read_handle_new(struct house *house, struct inode *inode, const struct fuse_ctx *caller,
                     int flags, struct handle **out)
@@ -78,7 +77,8 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
         return -ENOMEM;
     int mode = flags & O_ACCMODE;
     int rc;
-    *handle = (struct handle){.inode = inode,
+    *handle = (struct handle){.opened.drop = handle_drop,
+                              .inode = inode,
                               .draft = fresh_is(house, inode),
                               .writes = mode != O_RDONLY || (flags & O_CREAT) != 0,
                               .mappable = mode == O_RDWR};
@@ -95,18 +95,14 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
         handle->opener = closer_process(caller->pid);
     inode_hold(house->inodes, inode);
     through_enter(house, handle);
-    pthread_mutex_lock(&house->parking->lock);
-    DL_APPEND(house->parking->handles, handle);
-    pthread_mutex_unlock(&house->parking->lock);
+    opened_add(house, &handle->opened);
     *out = handle;
     return 0;
 }
 
 void read_handle_free(struct house *house, struct handle *handle, fuse_req_t req)
 {
-    pthread_mutex_lock(&house->parking->lock);
-    DL_DELETE(house->parking->handles, handle);
-    pthread_mutex_unlock(&house->parking->lock);
+    opened_remove(house, &handle->opened);
     through_leave(house, handle, req);
     if (handle->draft)
         fresh_close(house, handle->inode, handle->writes);

@@ -7,9 +7,9 @@
 
 #include "fs/house.h"
 #include "fs/inode.h"
+#include "fs/opened.h"
 
 struct parking;
-struct report;
 
 /* An open file, behind fuse_file_info.fh. Constant from open to release. */
 struct handle {
@@ -20,14 +20,12 @@ struct handle {
     bool through;  /* the kernel reads it by itself; through.c's */
     pid_t opener;  /* process */
     struct replica *replica;
-    struct report *report; /* files of .p2pfs */
-    struct handle *prev, *next;
+    struct opened opened;
 };
 
-int parking_open(struct house *house, struct parking **parking);
+int parking_open(struct parking **parking);
 /* The mount ends: answers every parked read with an error, and waits until none is left. */
 void parking_clear(struct parking *parking);
-/* Closes what is still open. The session is not served any more. */
 void parking_close(struct parking *parking); /* NULL is harmless */
 
 /* A handle on a draft, or on a registered file's replica. Answers with 0 and *out, or negative

@@ -5,10 +5,10 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-#include <utlist.h>
-
 #include "fs/control.h"
+#include "fs/opened.h"
 #include "fs/reply.h"
+#include "meta/base/util.h"
 
 /* A read that waits for the answer. */
 struct report_reader {
@@ -30,22 +30,8 @@ struct report {
     char *text;
     size_t length;
     struct report_reader *readers;
-    struct report *prev, *next; /* among those that are open, under their lock */
+    struct opened opened;
 };
-
-struct reports {
-    pthread_mutex_t lock;
-    struct report *open;
-};
-
-int reports_open(struct reports **reports)
-{
-    *reports = calloc(1, sizeof(**reports));
-    if (*reports == NULL)
-        return -ENOMEM;
-    pthread_mutex_init(&(*reports)->lock, NULL);
-    return 0;
-}
 
 static void report_drop(struct report *report, unsigned count)
 {
@@ -60,25 +46,10 @@ static void report_drop(struct report *report, unsigned count)
     free(report);
 }
 
-static void report_shut(struct reports *reports, struct report *report)
+static void report_shut(struct house *house, struct opened *opened)
 {
-    pthread_mutex_lock(&reports->lock);
-    DL_DELETE(reports->open, report);
-    pthread_mutex_unlock(&reports->lock);
-    report_drop(report, 1);
-}
-
-void reports_close(struct reports *reports)
-{
-    if (reports == NULL)
-        return;
-    struct report *report;
-    struct report *next;
-    DL_FOREACH_SAFE(reports->open, report, next) {
-        report_shut(reports, report);
-    }
-    pthread_mutex_destroy(&reports->lock);
-    free(reports);
+    opened_remove(house, opened);
+    report_drop(util_container(opened, struct report, opened), 1);
 }
 
 void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
@@ -92,8 +63,10 @@ void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
     struct report *report = calloc(1, sizeof(*report));
     int rc = report == NULL ? -ENOMEM : 0;
     if (rc == 0) {
-        *report = (struct report){
-            .count = 1, .conversation = conversation, .base = conversation ? -1 : 0};
+        *report = (struct report){.count = 1,
+                                  .conversation = conversation,
+                                  .base = conversation ? -1 : 0,
+                                  .opened.drop = report_shut};
         pthread_mutex_init(&report->lock, NULL);
         report->answered = !conversation;
         if (!conversation)
@@ -107,16 +80,14 @@ void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi)
     }
     fi->fh = (uintptr_t)report;
     fi->direct_io = 1; /* its size is not known before it is rendered */
-    pthread_mutex_lock(&house->reports->lock);
-    DL_APPEND(house->reports->open, report);
-    pthread_mutex_unlock(&house->reports->lock);
+    opened_add(house, &report->opened);
     if (fuse_reply_open(req, fi) != 0)
-        report_shut(house->reports, report);
+        report_shut(house, &report->opened);
 }
 
 void report_release(struct house *house, struct fuse_file_info *fi)
 {
-    report_shut(house->reports, (struct report *)(uintptr_t)fi->fh);
+    report_shut(house, &((struct report *)(uintptr_t)fi->fh)->opened);
 }
 
 /* Called with the lock; the text is complete. */

@@ -10,10 +10,6 @@
 #include "fs/house.h"
 #include "fs/inode.h"
 
-int reports_open(struct reports **reports);
-/* The kernel releases nothing after the mount has ended: drops what is still open. NULL is harmless. */
-void reports_close(struct reports *reports);
-
 void report_open(fuse_req_t req, struct inode *inode, struct fuse_file_info *fi);
 void report_read(fuse_req_t req, size_t size, off_t offset, struct fuse_file_info *fi);
 void report_write(fuse_req_t req, const char *bytes, size_t size, struct fuse_file_info *fi);
