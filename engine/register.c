@@ -13,8 +13,9 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define REGISTER_AHEAD 256 /* registrations of one tree under way at once */
-#define REGISTER_DEPTH 64  /* directories below each other */
+#define REGISTER_AHEAD \
+    64 /* registrations of one tree under way at once: a slow service must reach all in time */
+#define REGISTER_DEPTH 64 /* directories below each other */
 
 /* ---- one file ---- */
 
