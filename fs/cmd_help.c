@@ -15,6 +15,7 @@ static int print_all(void)
          "      redis://[USER@]HOST[:PORT][/DB][?prefix=NAME]   in Redis or Valkey, for all that "
          "reach it\n"
          "      etcd://HOST:PORT[,HOST:PORT...][/PREFIX]        in etcd v3, likewise\n"
+         "      http://HOST:PORT/PATH[?prefix=NAME]             in a small HTTP key-value service\n"
          "-f: stay in the foreground. umount DIR ends a mount.\n"
          "\n"
          "commands (p2pfs help COMMAND says more):");

@@ -438,15 +438,10 @@ static int set_meta(struct options *out, const char *url, char **error)
             "%.*s://...: /proc/mounts would show a password in the URL; write it into a file "
             "and use -o credentials=FILE",
             (int)(authority - 3 - url), url);
-    if (meta_backend(url) == NULL && strncmp(url, "http", 4) == 0)
-        return refuse(error,
-                      "%s: a plain HTTP key-value service has no transactions and no leases, which "
-                      "p2pfs needs; use redis://HOST:PORT or etcd://HOST:PORT",
-                      url);
     if (meta_backend(url) == NULL)
         return refuse(error,
                       "%s: no metadata service of this build speaks %.*s; use local:///DIRECTORY, "
-                      "redis://HOST:PORT or etcd://HOST:PORT",
+                      "redis://HOST:PORT, etcd://HOST:PORT or http://HOST:PORT/PATH",
                       url, (int)(authority - url), url);
     return text_set(&out->meta, url);
 }

@@ -30,6 +30,7 @@ int feed_answer(struct catalog *c, int rc)
     case ESTALE:
     case ENOMEM:
     case ENOSPC:
+    case EOPNOTSUPP:
         return rc;
     }
     if (rc < 0)

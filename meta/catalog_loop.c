@@ -128,9 +128,10 @@ static void loop_duties(struct catalog *c)
     loop_renew(c);
     int rc = c->failed == 0 && c->stale ? loop_relist(c) : 0;
     loop_renew(c); /* the service may have turned out to be another one */
-    if (rc == 0 && c->failed == 0)
+    bool sweeps = !c->store->read_only;
+    if (rc == 0 && c->failed == 0 && sweeps)
         rc = sweep_clear(c);
-    if (rc == 0 && c->failed == 0)
+    if (rc == 0 && c->failed == 0 && sweeps)
         rc = sweep_round(c);
     if (rc == -ESTALE)
         c->stale = true;
@@ -140,8 +141,25 @@ static void loop_duties(struct catalog *c)
         c->sweep_ms = util_now_ms() + LOOP_AGAIN_MS;
 }
 
+/* What is left of a change where nothing can be written: this node is not announced, and has nothing to withdraw. */
+static int loop_run_read_only(struct catalog *c, struct change *change)
+{
+    switch (change->kind) {
+    case CHANGE_HOLDERS:
+    case CHANGE_CENSUS:
+        return c->failed != 0 ? c->failed : change_run(c, change);
+    case CHANGE_SERVE:
+    case CHANGE_WITHDRAW:
+        return 0;
+    default:
+        return -EOPNOTSUPP;
+    }
+}
+
 static int loop_run_change(struct catalog *c, struct change *change)
 {
+    if (c->store->read_only)
+        return loop_run_read_only(c, change);
     bool late = util_now_ms() - change->queued_ms > LOOP_AGE_MAX_MS;
     if (c->failed != 0 || late) {
         hold_intend(c, change);
@@ -195,7 +213,7 @@ static void loop_wait(struct catalog *c)
     } else {
         if (loop_wants_lease(c) && c->renew_ms < due)
             due = c->renew_ms;
-        if (c->sweep_ms < due)
+        if (c->sweep_ms < due && !c->store->read_only)
             due = c->sweep_ms;
         if (c->doomed_count > 0 || c->stale)
             due = now;

@@ -441,6 +441,8 @@ static int sweep_republish_instance(struct catalog *c)
 int sweep_republish(struct catalog *c)
 {
     struct sweep_batch batch = {.catalog = c};
+    if (c->store->read_only)
+        return 0; /* memory follows the service */
     /* names last, so that each leads somewhere as soon as others see it */
     int rc = sweep_republish_instance(c);
     if (rc == 0)
@@ -461,5 +463,6 @@ int sweep_republish(struct catalog *c)
 
 int sweep_instance(struct catalog *c)
 {
-    return model_id_zero(&c->listed_instance) ? sweep_republish_instance(c) : 0;
+    bool wanted = model_id_zero(&c->listed_instance) && !c->store->read_only;
+    return wanted ? sweep_republish_instance(c) : 0;
 }

@@ -18,6 +18,7 @@ struct http_bytes {
     char *data;
     size_t used;
     size_t room;
+    size_t limit; /* 0: HTTP_ANSWER_MAX */
 };
 
 struct http {
@@ -53,9 +54,10 @@ static size_t http_take(char *data, size_t size, size_t count, void *arg)
 {
     struct http_bytes *bytes = arg;
     size_t length = size * count;
-    if (length > HTTP_ANSWER_MAX || bytes->used + length > HTTP_ANSWER_MAX)
+    size_t limit = bytes->limit ? bytes->limit : HTTP_ANSWER_MAX;
+    if (length > limit || bytes->used + length > limit)
         return 0;
-    if (bytes->used + length + 1 > bytes->room) {
+    if (!bytes->data || bytes->used + length + 1 > bytes->room) {
         size_t room = 2 * (bytes->used + length + 1);
         char *grown = realloc(bytes->data, room);
         if (!grown)
@@ -106,6 +108,8 @@ static int http_errno(CURL *easy, CURLcode code)
         return -EACCES;
     case CURLE_OUT_OF_MEMORY:
         return -ENOMEM;
+    case CURLE_URL_MALFORMAT:
+        return -EINVAL;
     case CURLE_WRITE_ERROR: /* http_take refused */
     case CURLE_UNSUPPORTED_PROTOCOL:
     case CURLE_WEIRD_SERVER_REPLY:
@@ -117,7 +121,9 @@ static int http_errno(CURL *easy, CURLcode code)
 
 static void http_explain(struct http *http, CURLcode code, const char *error)
 {
-    const char *text = error[0] ? error : curl_easy_strerror(code);
+    const char *text = code == CURLE_WRITE_ERROR ? "the answer is too large"
+                       : error[0]                ? error
+                                                 : curl_easy_strerror(code);
     const char *remedy = "is the service running, and is the URL right?";
     if (code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_SSL_CACERT_BADFILE)
         remedy = "check ca= in the credentials file, and whose certificate the service has";
@@ -155,45 +161,69 @@ static int http_header_add(struct curl_slist **list, const char *text)
     return 0;
 }
 
-/* hasleader: etcd then ends a stream of a member that is cut off, rather than leave it silent. */
-static int http_headers_make(const char *authorization, struct curl_slist **list)
+static void http_headers_free(struct curl_slist **list)
+{
+    curl_slist_free_all(*list);
+    *list = NULL;
+}
+
+/* A header line "name: value"; without a value there is none. */
+static int http_field_add(struct curl_slist **list, const char *name, const char *value)
 {
     util_autofree char *line = NULL;
+    if (!value)
+        return 0;
+    if (asprintf(&line, "%s: %s", name, value) < 0)
+        line = NULL;
+    return line ? http_header_add(list, line) : -ENOMEM;
+}
+
+/* Expect without a value: curl would ask before it sends a large body. */
+static int http_headers_make(const struct http_request *request, struct curl_slist **list)
+{
     *list = NULL;
-    int rc = http_header_add(list, "Content-Type: application/json");
+    int rc = http_header_add(list, "Expect:");
+    if (rc == 0 && request->body)
+        rc = http_header_add(list, "Content-Type: application/json");
     if (rc == 0)
-        rc = http_header_add(list, "Expect:");
+        rc = http_field_add(list, "Authorization", request->authorization);
     if (rc == 0)
-        rc = http_header_add(list, "Grpc-Metadata-hasleader: true");
-    if (rc == 0 && authorization) {
-        if (asprintf(&line, "Authorization: %s", authorization) < 0)
-            line = NULL;
-        rc = line ? http_header_add(list, line) : -ENOMEM;
-    }
+        rc = http_field_add(list, "If-Match", request->if_match);
+    if (rc == 0)
+        rc = http_field_add(list, "If-None-Match", request->if_none_match);
     if (rc < 0)
-        curl_slist_free_all(*list);
+        http_headers_free(list);
     return rc;
 }
 
-int http_post(struct http *http, const char *url, const char *authorization, const char *body,
-              long timeout_ms, struct http_reply *reply, bool *sent)
+/* hasleader: etcd then ends a stream of a member that is cut off, rather than leave it silent. */
+static int http_headers_etcd(const char *authorization, const char *body, struct curl_slist **list)
 {
-    struct curl_slist *headers;
-    struct http_bytes bytes = {0};
+    const struct http_request request = {.authorization = authorization, .body = body};
+    int rc = http_headers_make(&request, list);
+    if (rc == 0 && (rc = http_header_add(list, "Grpc-Metadata-hasleader: true")) < 0)
+        http_headers_free(list);
+    return rc;
+}
+
+/* Carries out what has been set, with those headers, which it takes. */
+static int http_perform(struct http *http, const char *url, struct curl_slist *headers,
+                        size_t limit, long timeout_ms, struct http_reply *reply, bool *sent)
+{
+    struct http_bytes bytes = {.limit = limit};
+    struct curl_header *etag;
     char error[CURL_ERROR_SIZE] = "";
-    *reply = (struct http_reply){0};
-    *sent = false;
-    if (http_headers_make(authorization, &headers) < 0)
-        return -ENOMEM;
     curl_easy_setopt(http->easy, CURLOPT_URL, url);
     curl_easy_setopt(http->easy, CURLOPT_HTTPHEADER, headers);
-    curl_easy_setopt(http->easy, CURLOPT_POSTFIELDS, body);
     curl_easy_setopt(http->easy, CURLOPT_WRITEDATA, &bytes);
     curl_easy_setopt(http->easy, CURLOPT_ERRORBUFFER, error);
     curl_easy_setopt(http->easy, CURLOPT_TIMEOUT_MS, timeout_ms > 0 ? timeout_ms : 1L);
     CURLcode code = curl_easy_perform(http->easy);
     int rc = http_errno(http->easy, code);
     curl_easy_getinfo(http->easy, CURLINFO_RESPONSE_CODE, &reply->status);
+    if (curl_easy_header(http->easy, "ETag", 0, CURLH_HEADER, -1, &etag) == CURLHE_OK &&
+        strlen(etag->value) < sizeof(reply->etag))
+        memcpy(reply->etag, etag->value, strlen(etag->value) + 1);
     curl_easy_setopt(http->easy, CURLOPT_ERRORBUFFER, NULL);
     curl_easy_setopt(http->easy, CURLOPT_HTTPHEADER, NULL);
     curl_slist_free_all(headers);
@@ -210,6 +240,35 @@ int http_post(struct http *http, const char *url, const char *authorization, con
     return 0;
 }
 
+int http_post(struct http *http, const char *url, const char *authorization, const char *body,
+              long timeout_ms, struct http_reply *reply, bool *sent)
+{
+    struct curl_slist *headers;
+    *reply = (struct http_reply){0};
+    *sent = false;
+    if (http_headers_etcd(authorization, body, &headers) < 0)
+        return -ENOMEM;
+    curl_easy_setopt(http->easy, CURLOPT_POSTFIELDS, body);
+    return http_perform(http, url, headers, 0, timeout_ms, reply, sent);
+}
+
+int http_send(struct http *http, const struct http_request *request, struct http_reply *reply)
+{
+    struct curl_slist *headers;
+    bool sent;
+    *reply = (struct http_reply){0};
+    if (http_headers_make(request, &headers) < 0)
+        return -ENOMEM;
+    curl_easy_setopt(http->easy, CURLOPT_HTTPGET, 1L);
+    if (request->body) {
+        curl_easy_setopt(http->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)-1);
+        curl_easy_setopt(http->easy, CURLOPT_POSTFIELDS, request->body);
+    }
+    curl_easy_setopt(http->easy, CURLOPT_CUSTOMREQUEST, request->method);
+    return http_perform(http, request->url, headers, request->limit, request->timeout_ms, reply,
+                        &sent);
+}
+
 /* ---- streams ---- */
 
 int http_stream_open(struct http *http, const char *url, const char *authorization,
@@ -221,7 +280,8 @@ int http_stream_open(struct http *http, const char *url, const char *authorizati
     stream->http = http;
     stream->multi = curl_multi_init();
     stream->easy = curl_easy_init();
-    if (!stream->multi || !stream->easy || http_headers_make(authorization, &stream->headers) < 0)
+    if (!stream->multi || !stream->easy ||
+        http_headers_etcd(authorization, body, &stream->headers) < 0)
         goto close_stream;
     http_prepare(http, stream->easy);
     curl_easy_setopt(stream->easy, CURLOPT_URL, url);

@@ -1,4 +1,4 @@
-/* Http: requests to one kind of service, with connections kept alive: POST and its answer, and an answer without end.
+/* Http: requests to one kind of service, with connections kept alive: a request and its answer, and an answer without end.
  *
  * One thread at a time, except that clients don't share anything. Calls return 0 or a negative errno, and http_cause
  * then says why, without anything of the request's body. Redirections and proxies of the environment are not followed. */
@@ -16,9 +16,11 @@ int http_open(const char *ca, const char *cert, const char *key, struct http **h
 void http_close(struct http *http); /* after its streams; NULL is harmless */
 const char *http_cause(const struct http *http);
 
+#define HTTP_ETAG_MAX 256
 struct http_reply {
     long status;
-    char *body; /* NUL-terminated, the caller frees it */
+    char etag[HTTP_ETAG_MAX]; /* with its quotes; "": none, or one that is longer */
+    char *body;               /* NUL-terminated, the caller frees it */
     size_t length;
 };
 /* Sends `body` as JSON. authorization: the header's value, or NULL. 0 also for a status that means failure. -ETIMEDOUT;
@@ -26,6 +28,19 @@ struct http_reply {
  * service may have got the request. */
 int http_post(struct http *http, const char *url, const char *authorization, const char *body,
               long timeout_ms, struct http_reply *reply, bool *sent);
+
+struct http_request {
+    const char *method; /* "GET", "PUT", "DELETE" */
+    const char *url;
+    const char *body;          /* or NULL */
+    const char *authorization; /* headers' values, each or NULL */
+    const char *if_match;
+    const char *if_none_match;
+    size_t limit; /* bytes of the answer; more is -EBADMSG */
+    long timeout_ms;
+};
+/* As http_post; one http is used either for this or for posts. -EINVAL: malformed URL. */
+int http_send(struct http *http, const struct http_request *request, struct http_reply *reply);
 
 /* A POST whose answer comes line by line for as long as it is kept open. */
 int http_stream_open(struct http *http, const char *url, const char *authorization,

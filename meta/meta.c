@@ -54,12 +54,7 @@ static void meta_open_unknown(const char *url)
         }
     }
     size_t length = meta_scheme_length(url);
-    if (strncmp(url, "http://", 7) == 0 || strncmp(url, "https://", 8) == 0)
-        meta_open_error("a plain HTTP key-value service cannot hold the metadata: it has no "
-                        "compare-and-swap (two nodes could register one name), no leases (dead "
-                        "nodes would stay), no listing and no changes to wait for; use redis:// "
-                        "or etcd://, or local:// for the mounts of one machine");
-    else if (length > 0)
+    if (length > 0)
         meta_open_error("no metadata service is called \"%.*s://\"; known: %s",
                         length > 32 ? 32 : (int)length, url, known);
     else
@@ -130,6 +125,7 @@ static const struct meta_ops *const meta_backends[] = {
     &meta_local_ops,
     &meta_redis_ops,
     &meta_etcd_ops,
+    &meta_http_ops,
 };
 
 static const struct meta_ops *meta_backend_at(size_t i)

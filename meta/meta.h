@@ -6,7 +6,7 @@
  *
  * Threads: one store is used by one thread at a time (the catalog's), but for meta_wake. Every call returns within
  * the store's deadline (META_DEADLINE_MS), with one of: 0; -EAGAIN a condition of the transaction did not hold;
- * -ENOENT; -ESTALE the change feed has a gap: list again; -ETIMEDOUT or -ECONNREFUSED or another network error: the
+ * -ENOENT; -EOPNOTSUPP the store is read-only; -ESTALE the change feed has a gap: list again; -ETIMEDOUT or -ECONNREFUSED or another network error: the
  * service does not answer; -ENOSPC the service is full; -EACCES or -EROFS it refuses us; -EIO its storage fails; -EBADMSG
  * it answered nonsense; -ENOMEM. The backend logs the
  * cause once per outage, with the URL (never with a secret) and the remedy. A call that failed with a network error
@@ -103,6 +103,7 @@ struct meta_store {
     const struct meta_ops *ops;
     uint64_t
         epoch; /* grows when a call finds another service than before, or an older state of it */
+    bool read_only; /* the service can't change safely: txn and lease_grant are -EOPNOTSUPP */
 };
 
 /* Opens the backend that serves config->url. -EINVAL: no backend for that scheme, or a malformed URL; *error is then
@@ -123,5 +124,6 @@ int meta_unlock(struct meta_store *store, const char *name, uint64_t token);
 extern const struct meta_ops meta_local_ops;
 extern const struct meta_ops meta_redis_ops;
 extern const struct meta_ops meta_etcd_ops;
+extern const struct meta_ops meta_http_ops;
 
 #endif

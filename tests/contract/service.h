@@ -127,6 +127,16 @@ static inline int service_start_etcd(struct service *service)
     return service_run(service, argv);
 }
 
+/* The repository's own HTTP service. option: one more, or NULL. */
+static inline int service_start_http(struct service *service, const char *option)
+{
+    char listen[64];
+    snprintf(listen, sizeof(listen), "127.0.0.1:%d", service->port);
+    const char *argv[] = {TEST_SOURCE_DIR "/scripts/metadata-server", "--listen", listen, option,
+                          NULL};
+    return service_run(service, argv);
+}
+
 static inline void service_end(struct service *service)
 {
     char command[128];

@@ -641,6 +641,21 @@ static int etcd_setup(char out[META_URL_MAX])
     return 0;
 }
 
+static const char *http_start(void)
+{
+    return service_place(&service) == 0 && service_start_http(&service, NULL) == 0
+               ? NULL
+               : "scripts/metadata-server does not start";
+}
+
+static int http_setup(char out[META_URL_MAX])
+{
+    static int count;
+    snprintf(out, META_URL_MAX, "http://127.0.0.1:%d/metadata?prefix=test-%d", service.port,
+             ++count);
+    return 0;
+}
+
 static const struct backend backends[] = {
     {.name = "local", .setup = local_setup, .teardown = local_teardown},
     {.name = "redis",
@@ -658,6 +673,11 @@ static const struct backend backends[] = {
      .end = service_stop,
      .lease_grain_ms = 1000,
      .setup = etcd_setup,
+     .teardown = service_teardown},
+    {.name = "http",
+     .start = http_start,
+     .end = service_stop,
+     .setup = http_setup,
      .teardown = service_teardown},
 };
 

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from . import fuse
 from .env import BINARY, SLOWNESS, die_with_parent
 from .wait import eventually
@@ -310,3 +312,15 @@ class Cluster:
         for pid in self.daemons():
             _kill(pid)
         return "\n".join(findings)
+
+
+def refused(cluster, *expected, **options):
+    """What a mount that must not succeed says, in one line that contains all that is expected."""
+    node = cluster.node(start=False, **options)
+    with pytest.raises(MountFailed) as failure:
+        node.start()
+    lines = [line for line in failure.value.log.splitlines() if ": info:" not in line]
+    assert len(lines) == 1, lines
+    for text in expected:
+        assert text in lines[0], lines[0]
+    return lines[0]

@@ -1,6 +1,7 @@
 """Real metadata services on loopback ports, and what can happen to them."""
 
 import base64
+import http.client
 import json
 import os
 import select
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from .env import SLOWNESS, die_with_parent
+
+from .env import SLOWNESS, SOURCE, die_with_parent
 from .node import free_port
 
 
@@ -208,6 +210,30 @@ class Etcd(Service):
         return [base64.b64decode(kv["key"]).decode() for kv in found.get("kvs", [])]
 
 
+class Http(Service):
+    name = "http"
+    program = str(SOURCE / "scripts/metadata-server")
+
+    def command(self):
+        return [
+            "/usr/bin/python3", self.program, "--listen", f"127.0.0.1:{self.port}",
+            "--file", str(self.data / "values"), *self.extra,
+        ]  # fmt: skip
+
+    def url(self, prefix="p2pfs", port=None):
+        return f"http://127.0.0.1:{port or self.port}/metadata?prefix={prefix}"
+
+    def ask(self, method, key, value=None, headers=()):
+        """Status, body and tag of an answer, whatever it is."""
+        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            link.request(method, f"/metadata?key={key}", value, dict(headers))
+            answer = link.getresponse()
+            return answer.status, answer.read(), answer.getheader("ETag")
+        finally:
+            link.close()
+
+
 def etcd_cluster(home, count):
     """Members of one etcd cluster, all started; their URL is that of the first and the others."""
     members = [Etcd(Path(home) / f"m{i}") for i in range(count)]
@@ -277,7 +303,7 @@ class Link:
                         return
 
 
-KINDS = {kind.name: kind for kind in (Redis, Valkey, Etcd)}
+KINDS = {kind.name: kind for kind in (Redis, Valkey, Etcd, Http)}
 
 
 def secret_file(path, **fields):

@@ -140,5 +140,5 @@ def test_links_lead_somewhere():
     readme = (SOURCE / "README.md").read_text()
     for target in re.findall(r"\]\(([^)]+)\)", readme):
         assert (SOURCE / target).exists(), target
-    for script in re.findall(r"scripts/\w+", readme):
+    for script in re.findall(r"scripts/[\w-]+", readme):
         assert (SOURCE / script).exists(), script

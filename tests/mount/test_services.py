@@ -1,5 +1,5 @@
 """Mounts on real Redis, Valkey and etcd: what users of several nodes see, and who may look."""
-# ctest: timeout=240
+# ctest: timeout=300
 
 import errno
 import json
@@ -12,7 +12,7 @@ import time
 import pytest
 
 from harness import data, fuse
-from harness.node import MountFailed, run_p2pfs
+from harness.node import refused, run_p2pfs
 from harness.services import KINDS, Etcd, Redis, secret_file
 from harness.wait import eventually
 
@@ -37,7 +37,7 @@ def test_what_is_copied_to_one_is_on_the_other_within_a_second(service, make_clu
     shutil.copyfile(source, a.path("model"))
     eventually(lambda: names(b) == ["model"], 1, "listed on the other node")
     assert data.digest(b.path("model")) == data.digest(source)
-    assert b.status()["backend"] in ("redis", "etcd")
+    assert b.status()["backend"] in ("redis", "etcd", "http")
     os.unlink(b.path("model"))
     eventually(lambda: names(a) == [], 1, "gone on the other node")
 
@@ -82,9 +82,9 @@ def test_two_prefixes_do_not_see_each_other(service, make_cluster):
 
 
 @pytest.mark.limit(120)
-def test_a_tree_of_3000_names_moves_at_once(service, make_cluster, tmp_path):
+def test_a_tree_of_many_names_moves_at_once(service, make_cluster, tmp_path):
     a, b = make_cluster(service.url()).nodes(2)
-    count = 3000
+    count = 500 if service.name == "http" else 3000  # http: one PUT after the other for each name
     (tmp_path / "tree").mkdir()
     for i in range(count):
         (tmp_path / "tree" / f"f{i}").write_bytes(b"x")
@@ -143,17 +143,6 @@ def test_metadata_of_a_pull_does_not_grow_with_its_shards(make_cluster, mounts, 
 
 
 # -- who may look
-
-
-def refused(cluster, *expected, **options):
-    node = cluster.node(start=False, **options)
-    with pytest.raises(MountFailed) as failure:
-        node.start()
-    lines = [line for line in failure.value.log.splitlines() if ": info:" not in line]
-    assert len(lines) == 1, lines
-    for text in expected:
-        assert text in lines[0], lines[0]
-    return lines[0]
 
 
 def assert_secret_is_nowhere(node, secret):

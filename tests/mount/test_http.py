@@ -1,0 +1,272 @@
+"""Metadata in a plain HTTP key-value service: what it cannot promise, what stands there already, who
+may look, and the service of scripts/metadata-server itself."""
+# ctest: timeout=240
+
+import errno
+import json
+import os
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from harness import data
+from harness.node import refused
+from harness.services import Http, secret_file
+from harness.wait import eventually
+
+STATE = "p2pfs.state"
+
+
+@pytest.fixture
+def service(tmp_path):
+    one = Http(tmp_path / "service").start()
+    yield one
+    one.kill()
+
+
+def names(node):
+    return sorted(os.listdir(node.dir))
+
+
+def is_unsupported(change, *arguments):
+    with pytest.raises(OSError) as raised:
+        change(*arguments)
+    assert raised.value.errno == errno.EOPNOTSUPP, raised.value
+
+
+def write(path):
+    with open(path, "wb") as out:
+        out.write(b"x")
+
+
+# -- a service without preconditions
+
+
+@pytest.mark.limit(100)
+def test_without_preconditions_names_are_read_and_nothing_is_changed(
+    service, make_cluster, mounts
+):
+    cluster = make_cluster(service.url())
+    a = cluster.node()
+    a.path("dir").mkdir()
+    a.path("dir/model").write_bytes(data.pattern(3 << 20))
+    os.symlink("dir", a.path("latest"))
+    service.extra = ["--plain"]
+    service.restart()
+    with pytest.raises(OSError):
+        write(a.path("never"))
+    eventually(lambda: not a.status()["online"] and "no longer honours" in a.log, 10)
+    before = service.ask("GET", STATE)[1]
+
+    c = cluster.node()
+    assert "does not honour If-Match" in c.log
+    assert names(c) == ["dir", "latest"] and os.readlink(c.path("latest")) == "dir"
+    assert c.path("dir/model").read_bytes() == data.pattern(3 << 20)
+    is_unsupported(os.mkdir, c.path("d"))
+    is_unsupported(os.rename, c.path("dir"), c.path("moved"))
+    is_unsupported(os.unlink, c.path("dir/model"))
+    is_unsupported(os.unlink, c.path("latest"))
+    is_unsupported(os.symlink, "dir", c.path("tag"))
+    is_unsupported(os.symlink, "/etc/hostname", c.path("in-place"))
+    is_unsupported(write, c.path("file"))
+    assert names(c) == names(a) == ["dir", "latest"]
+    assert service.ask("GET", STATE)[1] == before, "something was written"
+
+    service.extra = []
+    service.restart()
+    eventually(lambda: a.status()["online"], 10)
+    a.path("again").write_bytes(b"x")
+    eventually(lambda: c.path("again").read_bytes() == b"x", 5)
+    is_unsupported(os.mkdir, c.path("d"))  # until it is mounted again
+
+
+def test_a_service_without_preconditions_that_is_empty_is_refused(service, make_cluster, mounts):
+    service.extra = ["--plain"]
+    service.restart()
+    refused(make_cluster(service.url()), "does not honour If-Match")
+    assert service.ask("GET", STATE)[0] == 404
+
+
+# -- what stands there already
+
+
+@pytest.mark.parametrize(
+    "value, says",
+    [
+        (b"<html>welcome</html>", "no metadata of p2pfs"),
+        (b"", "no metadata of p2pfs"),
+        (b"[" * 100_000, "no metadata of p2pfs"),
+        (b'{"v":99,"epoch":"e","revision":1,"leases":{},"keys":{}}', "another version"),
+        (b'{"v":1,"epoch":"e","revision":1,"base":"","base_revision":0,"leases":{},'
+         b'"keys":{"t/i":[2,"x"]}}', "no metadata of p2pfs"),
+        (b'{"v":1,"epoch":"e","revision":1,"base":"","base_revision":0,"leases":{},'
+         b'"keys":{"t/i":[1,"x","00000000000000aa"]}}', "no metadata of p2pfs"),
+        (b"x" * (10 << 20), "too large"),
+    ],
+    ids=["html", "empty", "deep", "version", "revision", "lease", "large"],
+)  # fmt: skip
+def test_what_is_not_ours_is_left_alone(service, make_cluster, mounts, value, says):
+    assert service.ask("PUT", STATE, value)[0] == 200
+    refused(make_cluster(service.url()), says)
+    assert service.ask("GET", STATE)[1] == value
+
+
+@pytest.mark.limit(100)
+def test_a_document_that_somebody_breaks_is_an_outage(service, make_cluster, mounts):
+    a, b = make_cluster(service.url()).nodes(2)
+    a.path("x").write_bytes(data.pattern(1 << 20))
+    eventually(b.path("x").exists, 2)
+    service.ask("PUT", STATE, b"oops")
+    eventually(lambda: not a.status()["online"] and not b.status()["online"], 10)
+    assert names(a) == names(b) == ["x"]
+    with pytest.raises(OSError):
+        write(a.path("never"))
+    assert service.ask("GET", STATE)[1] == b"oops"
+    service.ask("DELETE", STATE)
+    eventually(lambda: a.status()["online"] and b.status()["online"], 20)
+    eventually(lambda: b.path("x").read_bytes() == data.pattern(1 << 20), 10, "a holds it again")
+    b.path("y").write_bytes(b"y")
+    eventually(lambda: a.path("y").read_bytes() == b"y", 5)
+    assert names(a) == names(b) == ["x", "y"]
+
+
+@pytest.mark.limit(100)
+def test_names_whose_base_is_lost_are_written_again(service, make_cluster, mounts, tmp_path):
+    cluster = make_cluster(service.url())
+    a = cluster.node()
+    (tmp_path / "tree").mkdir()
+    for i in range(200):
+        (tmp_path / "tree" / f"f{i}").write_bytes(b"x")
+    os.symlink(tmp_path / "tree", a.path("tree"))
+    base = json.loads(service.ask("GET", STATE)[1])["base"]
+    assert base, "200 names need a base"
+    assert service.ask("DELETE", f"p2pfs.base.{base}")[0] == 200
+    a.stop()  # it never noticed
+    service.restart()
+    b = cluster.node()
+    assert names(b) == []
+    b.path("new").write_bytes(b"x")
+    eventually(lambda: names(b) == ["new"], 2)
+
+
+# -- who may look, and what else may answer
+
+
+def test_user_and_password(service, make_cluster, mounts, tmp_path):
+    right = secret_file(tmp_path / "right", user="p2pfs", password="s3cret")
+    wrong = secret_file(tmp_path / "wrong", user="p2pfs", password="not-that")
+    service.extra = ["--credentials", str(right)]
+    service.restart()
+    cluster = make_cluster(service.url())
+    refused(cluster, "credentials=FILE")
+    assert "not-that" not in refused(cluster, "credentials=FILE", credentials=wrong)
+    a, b = cluster.nodes(2, credentials=right)
+    a.path("x").write_bytes(b"seen")
+    eventually(lambda: b.path("x").read_bytes() == b"seen", 2)
+    with open(f"/proc/{a.pid}/cmdline", "rb") as line, open("/proc/mounts") as table:
+        assert b"s3cret" not in line.read() and "s3cret" not in table.read()
+    assert "s3cret" not in a.log
+
+
+@pytest.mark.parametrize("status, says", [(302, "not followed"), (500, "log"), (200, "nobody wrote")])
+def test_what_is_no_such_service_is_refused(make_cluster, mounts, status, says):
+    written = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Location", "http://127.0.0.1:1/")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def do_PUT(self):
+            written.append(self.path)
+            self.do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        refused(make_cluster(f"http://127.0.0.1:{server.server_port}/x"), says)
+        assert not written
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_malformed_urls_are_refused_by_name(make_cluster, mounts):
+    for url, part in (
+        ("http://", "HOST:PORT"),
+        ("http://127.0.0.1:1/metadata", "is the service running"),
+        ("http://127.0.0.1:1/metadata?key=x", "prefix"),
+        ("http://127.0.0.1:1/metadata?prefix=a/b", "prefix"),
+        ("https://127.0.0.1:1/metadata", "no metadata service"),
+    ):
+        refused(make_cluster(url), part)
+    assert "s3cret" not in refused(make_cluster("http://me:s3cret@127.0.0.1:1/x"), "credentials=")
+
+
+def test_a_path_that_ends_with_a_slash_has_its_keys_below(service, make_cluster, mounts):
+    a, b = make_cluster(f"http://127.0.0.1:{service.port}/some/where/").nodes(2)
+    a.path("x").write_bytes(b"seen")
+    eventually(lambda: b.path("x").read_bytes() == b"seen", 2)
+    assert service.ask("GET", STATE)[0] == 404
+
+
+# -- the server itself
+
+
+def test_preconditions_of_the_server(service):
+    assert service.ask("GET", "k")[0] == 404
+    assert service.ask("DELETE", "k")[0] == 404
+    assert service.ask("PUT", "k", b"1", {"If-Match": "*"})[0] == 412
+    status, _, tag = service.ask("PUT", "k", b"1", {"If-None-Match": "*"})
+    assert status == 200 and tag
+    assert service.ask("PUT", "k", b"2", {"If-None-Match": "*"})[0] == 412
+    assert service.ask("GET", "k", None, {"If-None-Match": tag})[:2] == (304, b"")
+    assert service.ask("PUT", "k", b"2", {"If-Match": '"other"'})[0] == 412
+    assert service.ask("PUT", "k", b"2", {"If-Match": f'"other", {tag}'})[0] == 200
+    assert service.ask("DELETE", "k", None, {"If-Match": tag})[0] == 412
+    assert service.ask("GET", "k")[1] == b"2"
+    assert service.ask("GET", "k%20with%2Fall%3F")[0] == 404
+    assert service.ask("PUT", "k%20with%2Fall%3F", b"3")[0] == 200
+    assert service.ask("GET", "k%20with%2Fall%3F")[1] == b"3"
+    assert service.ask("PUT", "large", b"x" * ((16 << 20) + 1))[0] == 413
+    assert service.ask("DELETE", "k")[0] == 200
+
+
+def test_the_servers_file_survives_a_torn_write_and_spares_other_files(service, tmp_path):
+    for i in range(5):
+        service.ask("PUT", f"k{i}", f"value {i}\n".encode())
+    service.ask("DELETE", "k1")
+    service.kill()
+    values = service.data / "values"
+    whole = values.read_bytes()
+    for tail in (b"[", b'["/metadata?k9", 10', b'["/metadata?k9", 10]\n', b'["/metadata?k9", 10]\n123'):
+        values.write_bytes(whole + tail)
+        service.start()
+        assert [service.ask("GET", f"k{i}")[0] for i in range(5)] == [200, 404, 200, 200, 200]
+        assert service.ask("GET", "k4")[1] == b"value 4\n"
+        assert service.ask("GET", "k9")[0] == 404
+        service.kill()
+        assert values.read_bytes() == whole
+    other = tmp_path / "other"
+    other.write_bytes(b"precious")
+    run = subprocess.run(
+        [service.program, "--listen", "127.0.0.1:0", "--file", other], capture_output=True, timeout=20
+    )
+    assert run.returncode == 1 and b"left alone" in run.stderr
+    assert other.read_bytes() == b"precious"
+
+
+def test_the_servers_file_is_made_smaller(service):
+    for i in range(12):
+        service.ask("PUT", "k", bytes([65 + i]) * (1 << 20))
+    assert (service.data / "values").stat().st_size < 10 << 20
+    service.restart()
+    assert service.ask("GET", "k")[1] == b"L" * (1 << 20)
