@@ -14,12 +14,13 @@
 #include "meta/base/util.h"
 #include "meta/meta_http_call.h"
 
-#define LEASE_NEXT    2  /* leases that are looked at */
-#define LEASE_LOOKS   32 /* at the most at once, so that nothing waits for them */
-#define LEASE_OFTEN   8  /* looks in the duration of a lease */
-#define LEASE_FAST_MS 100
-#define LEASE_SLOW_MS 2000
-#define LEASE_NAME    32
+#define LEASE_NEXT     2  /* leases that are looked at */
+#define LEASE_LOOKS    32 /* at the most at once, so that nothing waits for them */
+#define LEASE_SPARE_MS (META_DEADLINE_MS / 2)
+#define LEASE_OFTEN    8 /* looks in the duration of a lease */
+#define LEASE_FAST_MS  100
+#define LEASE_SLOW_MS  2000
+#define LEASE_NAME     32
 
 /* What is known of a lease. */
 struct web_watch {
@@ -214,6 +215,8 @@ static int lease_look_round(struct web *s, uint64_t ended[LEASE_LOOKS], size_t *
     size_t all = HASH_COUNT(s->doc.leases) - (own ? 1 : 0);
     for (size_t i = 0; i < all && i < reach && looks < LEASE_LOOKS; i++) {
         uint64_t now = util_now_ms();
+        if (now + LEASE_SPARE_MS > s->deadline_ms)
+            break; /* the rest next time: what the call is for must not fail for it */
         struct web_watch *watch = lease_watch(s, lease->id);
         if (!watch)
             return -ENOMEM;
