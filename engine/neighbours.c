@@ -116,6 +116,17 @@ void neighbours_learn(struct replica *replica, const struct model_node *node)
     n->count++;
 }
 
+static void neighbour_take(struct replica *replica, struct neighbour *neighbour, size_t chosen,
+                           uint64_t now_ms)
+{
+    neighbour->chosen = true;
+    neighbour->since_ms = now_ms;
+    neighbour->received = atomic_load(&neighbour->peer->received);
+    neighbour->lane = chosen < NEIGHBOURS_ALL_LANES_MAX
+                          ? NEIGHBOURS_ALL_LANES
+                          : (uint32_t)(neighbour->node.boot % replica->engine->lane_count);
+}
+
 bool neighbours_choose(struct replica *replica, uint64_t now_ms)
 {
     struct neighbours *n = replica->neighbours;
@@ -140,13 +151,7 @@ bool neighbours_choose(struct replica *replica, uint64_t now_ms)
         if (pick == count) {
             return changed;
         }
-        neighbour = candidates[pick];
-        neighbour->chosen = true;
-        neighbour->since_ms = now_ms;
-        neighbour->received = atomic_load(&neighbour->peer->received);
-        neighbour->lane = chosen < NEIGHBOURS_ALL_LANES_MAX
-                              ? NEIGHBOURS_ALL_LANES
-                              : (uint32_t)(neighbour->node.boot % replica->engine->lane_count);
+        neighbour_take(replica, candidates[pick], chosen, now_ms);
         changed = true;
     }
 }
@@ -181,7 +186,7 @@ static bool worst_drop(struct neighbours *n, uint64_t now_ms)
         neighbour->received = received;
     }
     size_t drop =
-        count == SPREAD_NEIGHBOURS && others ? spread_neighbour_drop(stats, count) : count;
+        count >= SPREAD_NEIGHBOURS_CHOSEN && others ? spread_neighbour_drop(stats, count) : count;
     if (drop == count) {
         return false;
     }
@@ -212,7 +217,23 @@ bool neighbours_review(struct replica *replica, uint64_t now_ms)
     return neighbours_choose(replica, now_ms) || changed;
 }
 
-bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot)
+/* It chose us: as long as there is a place, it is a neighbour. Lock held. */
+static bool mutual_take(struct replica *replica, const struct model_node *node)
+{
+    struct neighbour *found = neighbours_find(replica, node->name, node->boot);
+    size_t chosen = 0;
+    const struct neighbour *neighbour;
+    DL_FOREACH(neighbours_list(replica), neighbour) {
+        chosen += neighbour->chosen;
+    }
+    if (!found || found->chosen || chosen >= SPREAD_NEIGHBOURS || peer_quarantined(found->peer)) {
+        return false;
+    }
+    neighbour_take(replica, found, chosen, util_now_ms());
+    return true;
+}
+
+bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot, bool chose_us)
 {
     struct model_node live;
     if (!node_live(replica->engine, node, boot, &live)) {
@@ -223,6 +244,7 @@ bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot)
     if (replica->neighbours && replica->pulling) {
         neighbours_learn(replica, &live);
         changed = neighbours_choose(replica, util_now_ms());
+        changed |= chose_us && mutual_take(replica, &live);
     }
     pthread_mutex_unlock(&replica->lock);
     return changed;

@@ -42,7 +42,8 @@ bool neighbours_choose(struct replica *replica, uint64_t now_ms);
  * above. */
 bool neighbours_review(struct replica *replica, uint64_t now_ms);
 
-/* No lock held: a peer says that the node has the version or pulls it. True: the lanes have to be told. */
-bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot);
+/* No lock held: a peer says that the node has the version or pulls it. chose_us: it pulls from here, and becomes a
+ * neighbour beyond those that we chose. True: the lanes have to be told. */
+bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot, bool chose_us);
 
 #endif

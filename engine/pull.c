@@ -236,6 +236,7 @@ static void pull_run(struct lane *lane, void *arg)
         pull->room_request = room_request;
         pull->look_wait_ns = PULL_LOOK_FIRST_NS;
         pull->look_ns = loop_now_ns(lane->loop) + PULL_LOOK_FIRST_NS;
+        pull->full_ns = loop_now_ns(lane->loop);
         pull->review_ns = loop_now_ns(lane->loop) + PULL_REVIEW_NS;
         replica_get(replica);
         DL_APPEND(lane->pulls, pull);

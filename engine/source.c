@@ -235,7 +235,13 @@ static bool source_room(const struct source *source, enum source_turn turn, uint
         return source->inflight < width;
     }
     uint32_t waiting = width / usable;
-    return pull->fetching < width && source->waiting < (waiting ? waiting : 1);
+    bool wanted = pull->fetching < width;
+    if (turn == TURN_RARE) { /* whatever else comes: what only few have must be spread */
+        wanted = true;
+    } else if (turn == TURN_ANY) {
+        wanted &= spread_hungry(loop_now_ns(pull->lane->loop) - pull->full_ns, pull->usual_ns);
+    }
+    return wanted && source->waiting < (waiting ? waiting : 1);
 }
 
 /* The idlest one that has something to ask of, or NULL. */
@@ -293,6 +299,9 @@ void source_pump_all(struct pull *pull)
     if (demanded) {
         fill_promote(pull);
         sources_turn(pull, TURN_URGENT, usable, now);
+    }
+    if (pull->fetching >= window_width(pull)) {
+        pull->full_ns = now;
     }
     for (enum source_turn turn = TURN_RARE; whole && absent && turn < TURN_COUNT; turn++) {
         sources_turn(pull, turn, usable, now);
@@ -414,7 +423,7 @@ static void source_advised(struct attachment *attachment, const struct wire_mess
 static void source_referred(struct attachment *attachment, const char *node, uint64_t boot)
 {
     struct replica *replica = source_of(attachment)->pull->replica;
-    if (neighbours_hear(replica, node, boot)) {
+    if (neighbours_hear(replica, node, boot, false)) {
         pull_neighbours_changed(replica);
     }
 }

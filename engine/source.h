@@ -18,6 +18,7 @@ struct pull {
     struct fill *fills;
     struct spread_window window; /* of what is granted */
     uint32_t fetching;           /* fills that are granted */
+    uint64_t full_ns;            /* when the window was full last */
     uint64_t usual_ns;           /* from grant to landed, smoothed; 0: not known yet */
     uint32_t hedges;             /* shards asked twice so far */
     uint64_t review_ns;          /* home lane: the next look at the neighbours */

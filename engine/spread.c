@@ -5,11 +5,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RARITIES        (SPREAD_RARITY_ANY + 1)
-#define SPREAD_QUICK_NS 15000000ull  /* a window opens below, */
-#define SPREAD_SLOW_NS  120000000ull /* and closes above */
-#define SPREAD_TRIAL_MS 3000         /* what a neighbour gets to show what it can */
-#define SPREAD_HEDGE_NS 300000000ull /* a shard is not late before */
+#define RARITIES         (SPREAD_RARITY_ANY + 1)
+#define SPREAD_QUICK_NS  15000000ull  /* a window opens below, */
+#define SPREAD_SLOW_NS   120000000ull /* and closes above */
+#define SPREAD_HUNGRY_NS 60000000ull
+#define SPREAD_TRIAL_MS  3000         /* what a neighbour gets to show what it can */
+#define SPREAD_HEDGE_NS  300000000ull /* a shard is not late before */
 
 /* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. place: where a
  * shard stands in it. */
@@ -289,6 +290,11 @@ uint32_t spread_next(const struct spread *s, const struct spread_want *want,
     return shard != SPREAD_NONE ? shard : rarest_next(s, offer, random);
 }
 
+bool spread_hungry(uint64_t ns, uint64_t usual_ns)
+{
+    return ns > SPREAD_HUNGRY_NS && ns > usual_ns * 2;
+}
+
 /* ---- how much at once ---- */
 
 struct spread_window spread_window_new(uint16_t floor, uint16_t ceiling)
@@ -319,7 +325,7 @@ unsigned spread_nearness(const char *ours, const char *theirs)
 size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
                                size_t neighbours, uint64_t random)
 {
-    if (neighbours >= SPREAD_NEIGHBOURS || count == 0) {
+    if (neighbours >= SPREAD_NEIGHBOURS_CHOSEN || count == 0) {
         return count;
     }
     size_t nears = 0;
@@ -328,8 +334,8 @@ size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t 
     }
     /* Near ones first, but for the places that keep the localities connected. */
     bool far_wanted = neighbours - near < SPREAD_FAR && nears < count &&
-                      (nears == 0 || random % SPREAD_NEIGHBOURS < SPREAD_FAR ||
-                       near >= SPREAD_NEIGHBOURS - SPREAD_FAR);
+                      (nears == 0 || random % SPREAD_NEIGHBOURS_CHOSEN < SPREAD_FAR ||
+                       near >= SPREAD_NEIGHBOURS_CHOSEN - SPREAD_FAR);
     size_t eligible = far_wanted || nears == 0 ? count - nears : nears;
     size_t pick = (random >> 8) % eligible;
     for (size_t i = 0; i < count; i++) {

@@ -57,6 +57,10 @@ struct spread_offer {
 uint32_t spread_next(const struct spread *spread, const struct spread_want *want,
                      const struct spread_offer *offer, uint64_t random, bool *urgent);
 
+/* Whether a complete holder is asked for what others have too, when a puller's window has not been full for `ns` though
+ * it asked wherever it could. At once, the registrar would send again what is just being passed on. */
+bool spread_hungry(uint64_t ns, uint64_t usual_ns);
+
 /* How much may be on its way at once: a window in shards that opens while shards come quickly (the path has room) and
  * closes down to its floor while they take long (they queue somewhere). */
 struct spread_window {
@@ -70,15 +74,17 @@ void spread_window_took(struct spread_window *window, uint64_t ns); /* from gran
 
 /* ---- neighbours ---- */
 
-#define SPREAD_NEIGHBOURS 16 /* a version's sources on one node */
-#define SPREAD_FAR        4 /* of which so many of other localities, when there are near ones enough */
+/* A node chooses a few, and takes whoever chose it, so that the newest are followed as well as the oldest: about 16. */
+#define SPREAD_NEIGHBOURS_CHOSEN 8
+#define SPREAD_NEIGHBOURS        24
+#define SPREAD_FAR               2 /* of the chosen, of other localities, when there are near ones enough */
 
 /* How near: 2 the same locality ("zone/rack"), 1 the same zone, 0 another or not known. Equal texts without a '/' are
  * the same locality; an empty one is near everybody, so that nodes that say nothing are all alike. */
 unsigned spread_nearness(const char *ours, const char *theirs);
 
-/* Which candidate to take as the next neighbour, or `count`. near: how many of the present neighbours are near;
- * neighbours: all of them. */
+/* Which candidate to choose as the next neighbour, or `count` when there are enough. near: how many of the present
+ * neighbours are near; neighbours: all of them. */
 size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
                                size_t neighbours, uint64_t random);
 

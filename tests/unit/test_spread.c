@@ -363,7 +363,7 @@ static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
         for (size_t i = 0; i < 200; i++) {
             near[i] = i % 2;
         }
-        while (count < SPREAD_NEIGHBOURS) {
+        while (count < SPREAD_NEIGHBOURS_CHOSEN) {
             bool left[200];
             size_t index[200];
             size_t n = 0;
@@ -379,11 +379,11 @@ static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
             nears += near[index[pick]];
             count++;
         }
-        assert_in_range(nears, SPREAD_NEIGHBOURS - SPREAD_FAR, SPREAD_NEIGHBOURS);
+        assert_in_range(nears, SPREAD_NEIGHBOURS_CHOSEN - SPREAD_FAR, SPREAD_NEIGHBOURS_CHOSEN);
     }
     bool far[3] = {false, false, false};
-    assert_in_range(spread_neighbour_choose(far, 3, 12, 15, draw()), 0, 2); /* nobody else */
-    assert_int_equal(spread_neighbour_choose(far, 3, 12, SPREAD_NEIGHBOURS, draw()), 3);
+    assert_in_range(spread_neighbour_choose(far, 3, 6, 7, draw()), 0, 2); /* nobody else */
+    assert_int_equal(spread_neighbour_choose(far, 3, 6, SPREAD_NEIGHBOURS_CHOSEN, draw()), 3);
     assert_int_equal(spread_neighbour_choose(far, 0, 0, 0, draw()), 0);
 }
 
