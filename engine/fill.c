@@ -85,6 +85,8 @@ static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent,
     fill->request.ops = &fill_ops;
     fill->request.shard = shard;
     fill->request.urgent = urgent;
+    fill->request.progress =
+        (uint8_t)((uint64_t)atomic_load(&replica->present) * WIRE_PROGRESS_ALL / replica->shards);
     fill->request.fetch.destination = destination;
     fill->request.fetch.length = length;
     if (!destination || digest_shard_begin(&fill->hash, replica->digest, destination, length) < 0) {

@@ -22,6 +22,7 @@ bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *a
     }
     ask->peer = peer;
     ask->state = SLOTS_WAITING;
+    peer->progress = ask->progress;
     if (ask->urgent) {
         DL_APPEND(peer->urgent, ask);
     } else {
@@ -50,7 +51,10 @@ static void waiting_leave(struct slots *slots, struct slots_ask *ask)
 
 static bool goes_before(const struct slots_peer *a, const struct slots_peer *b)
 {
-    return !b || a->granted < b->granted || (a->granted == b->granted && a->turn < b->turn);
+    if (!b || a->granted != b->granted) {
+        return !b || a->granted < b->granted;
+    }
+    return a->progress != b->progress ? a->progress < b->progress : a->turn < b->turn;
 }
 
 struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)

@@ -5,7 +5,8 @@
  * Slots: one for each shard that is granted and not done, over all links of the node. Their number follows the time
  * that shards take: few on a link that is full, so that what is granted arrives soon and can be passed on, many where
  * shards come and go in milliseconds. Asks beyond them wait in a short queue per peer; a free slot goes to the peer
- * that has the fewest, then to the one that waited longest, readers' asks before background. A grant that takes far
+ * that has the fewest, then to the one that is furthest behind with the version, so that all end together, then to the
+ * one that waited longest; readers' asks go before background. A grant that takes far
  * longer than usual no longer counts, so slow and stopped peers cannot hold what others need.
  *
  *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
@@ -29,8 +30,9 @@ enum slots_state { SLOTS_IDLE, SLOTS_WAITING, SLOTS_GRANTED, SLOTS_OVERDUE };
 
 struct slots_peer;
 
-struct slots_ask { /* the caller's memory; all zero is IDLE */
-    bool urgent;   /* set by the caller */
+struct slots_ask {    /* the caller's memory; all zero is IDLE */
+    bool urgent;      /* set by the caller: a reader waits for it */
+    uint8_t progress; /* set by the caller: how much of the version its peer has, in coarse steps */
     enum slots_state state;
     struct slots_peer *peer;
     uint64_t since_ns; /* granted */
@@ -41,7 +43,8 @@ struct slots_peer { /* the caller's memory; all zero at first */
     struct slots_ask *urgent, *normal;
     uint32_t waiting;
     uint32_t granted;
-    uint64_t turn; /* of its last grant */
+    uint8_t progress; /* of its last ask */
+    uint64_t turn;    /* of its last grant */
     struct slots_peer *prev, *next;
 };
 

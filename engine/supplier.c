@@ -315,7 +315,8 @@ int supplier_ask(struct attachment *attachment, struct request *request)
                                .handle = attachment->handle,
                                .request = request->fetch.id,
                                .shard = request->shard,
-                               .urgent = request->urgent};
+                               .urgent = request->urgent,
+                               .progress = request->progress};
     int status = message_send(s, &ask);
     if (status < 0) {
         return status;

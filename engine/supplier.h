@@ -58,6 +58,7 @@ struct request {
     const struct request_ops *ops;
     uint32_t shard;
     bool urgent;
+    uint8_t progress;              /* how much of the version is here, 0 to WIRE_PROGRESS_ALL */
     struct transport_fetch fetch;  /* destination and length set by the asker */
     struct attachment *attachment; /* the rest is the supplier's */
     bool fetching;

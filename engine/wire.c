@@ -251,6 +251,7 @@ static void put_ask(struct buf *b, const struct wire_message *m)
     buf_put_u32(b, m->request);
     buf_put_u32(b, m->shard);
     buf_put_u8(b, m->urgent);
+    buf_put_u8(b, m->progress);
 }
 
 static void get_ask(struct buf *b, struct wire_message *m)
@@ -259,6 +260,9 @@ static void get_ask(struct buf *b, struct wire_message *m)
     m->request = get_nonzero(b);
     m->shard = get_at_most(b, SHARDS_MAX - 1);
     m->urgent = get_flag(b);
+    m->progress = buf_get_u8(b);
+    if (m->progress > WIRE_PROGRESS_ALL)
+        b->bad = true;
 }
 
 static void put_grant(struct buf *b, const struct wire_message *m)

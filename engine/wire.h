@@ -12,7 +12,7 @@
  *   ATTACH  handle, version             ATTACHED handle, count, complete, bitmap of present shards
  *                                       DIGESTS  handle, first, digests...      (as far as known; more follow)
  *                                       HAVE     handle, shards...              (as they land there)
- *   ASK     handle, request, shard, urgent
+ *   ASK     handle, request, shard, urgent, progress
  *                                       GRANT    request, length, digest, descriptor
  *                                       BUSY     request, retry_ms, shards...   (what to ask for instead, if any)
  *                                       GONE     handle, request, reason        (request 0: the whole version)
@@ -37,15 +37,16 @@
 #include "engine/transport.h"
 #include "meta/model.h"
 
-#define WIRE_MAGIC       0x70327066u /* "p2pf" */
-#define WIRE_PROTOCOL    1
-#define WIRE_NONCE       32
-#define WIRE_PROOF       32
-#define WIRE_SHARDS_MAX  524160 /* shards of a version: their bitmap fits into one ATTACHED */
-#define WIRE_HAVE_MAX    1024   /* shards in one HAVE */
-#define WIRE_DIGESTS_MAX 1024   /* digests in one DIGESTS */
-#define WIRE_ADVICE_MAX  16     /* shards in one BUSY */
-#define WIRE_PEERS_MAX   16     /* nodes in one PEERS */
+#define WIRE_MAGIC        0x70327066u /* "p2pf" */
+#define WIRE_PROTOCOL     1
+#define WIRE_NONCE        32
+#define WIRE_PROOF        32
+#define WIRE_SHARDS_MAX   524160 /* shards of a version: their bitmap fits into one ATTACHED */
+#define WIRE_HAVE_MAX     1024   /* shards in one HAVE */
+#define WIRE_DIGESTS_MAX  1024   /* digests in one DIGESTS */
+#define WIRE_ADVICE_MAX   16     /* shards in one BUSY */
+#define WIRE_PROGRESS_ALL 64
+#define WIRE_PEERS_MAX    16 /* nodes in one PEERS */
 
 enum wire_type {
     WIRE_HELLO = 1,
@@ -95,9 +96,10 @@ struct wire_message {
     const uint8_t *shards;  /* HAVE, BUSY: count big-endian u32 */
     const uint8_t *peers;   /* PEERS: count entries, read by wire_peer_get */
     size_t peers_length;
-    uint32_t shard;                         /* ASK */
-    bool urgent;                            /* ASK */
-    uint64_t length;                        /* GRANT */
+    uint32_t shard;   /* ASK */
+    bool urgent;      /* ASK */
+    uint8_t progress; /* ASK: how much of the version the puller has, 0 to WIRE_PROGRESS_ALL */
+    uint64_t length;  /* GRANT */
     struct transport_descriptor descriptor; /* GRANT */
     uint32_t retry_ms;                      /* BUSY */
     enum wire_reason reason;                /* GONE */

@@ -423,9 +423,9 @@ def test_a_puller_that_uses_a_number_again(cluster, tmp_path):
     done = (Puller.DONE, struct.pack(">I", 9))
     for _ in range(300):
         puller.say(
-            (Puller.ASK, struct.pack(">IIIB", 1, 9, 30, 0)),
+            (Puller.ASK, struct.pack(">IIIBB", 1, 9, 30, 0, 0)),
             done,
-            (Puller.ASK, struct.pack(">IIIB", 2, 9, 0, 0)),
+            (Puller.ASK, struct.pack(">IIIBB", 2, 9, 0, 0, 0)),
         )
         puller.listen(0.004)
         puller.say(done)

@@ -62,6 +62,20 @@ static void slots_go_round_the_peers(void **state)
     }
 }
 
+/* Among those that have equally little, so that nobody is left with the last shards. */
+static void who_is_behind_goes_first(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peers[3] = {0};
+    struct slots_ask asks[3] = {{.progress = 60}, {.progress = 20}, {.progress = 40}};
+    for (unsigned p = 0; p < 3; p++) {
+        assert_true(slots_ask(&slots, &peers[p], &asks[p]));
+    }
+    assert_ptr_equal(slots_next(&slots, 0), &asks[1]);
+    assert_ptr_equal(slots_next(&slots, 0), &asks[2]);
+    assert_ptr_equal(slots_next(&slots, 0), &asks[0]);
+}
+
 static void a_reader_goes_before_background(void **state)
 {
     struct slots slots = slots_new();
@@ -191,6 +205,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(beyond_the_slots_asks_wait_and_a_free_slot_goes_on),
         cmocka_unit_test(slots_go_round_the_peers),
+        cmocka_unit_test(who_is_behind_goes_first),
         cmocka_unit_test(a_reader_goes_before_background),
         cmocka_unit_test(who_never_says_done_holds_no_slot),
         cmocka_unit_test(slots_grow_while_shards_are_quick),

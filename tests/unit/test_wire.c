@@ -43,7 +43,8 @@ static void samples_fill(struct wire_message m[WIRE_PONG + 1])
     m[WIRE_DIGESTS] = (struct wire_message){
         .handle = 5, .first = 77, .count = WIRE_DIGESTS_MAX, .digest_size = 32, .digests = digests};
     m[WIRE_HAVE] = (struct wire_message){.handle = 5, .count = WIRE_HAVE_MAX, .shards = shards};
-    m[WIRE_ASK] = (struct wire_message){.handle = 5, .request = 6, .shard = 70000, .urgent = true};
+    m[WIRE_ASK] = (struct wire_message){
+        .handle = 5, .request = 6, .shard = 70000, .urgent = true, .progress = 9};
     m[WIRE_GRANT] =
         (struct wire_message){.request = 6,
                               .length = 8 << 20,
@@ -90,6 +91,7 @@ static void check_equal(const struct wire_message *a, const struct wire_message 
     assert_int_equal(a->digest_size, b->digest_size);
     assert_int_equal(a->shard, b->shard);
     assert_int_equal(a->urgent, b->urgent);
+    assert_int_equal(a->progress, b->progress);
     assert_true(a->length == b->length);
     assert_int_equal(a->retry_ms, b->retry_ms);
     assert_int_equal(a->reason, b->reason);
@@ -219,6 +221,7 @@ static void fields_out_of_bounds_are_refused(void **state)
     refuse_byte(&m[WIRE_ASK], 8, 0);    // request 0
     refuse_byte(&m[WIRE_ASK], 9, 0xff); // shard
     refuse_byte(&m[WIRE_ASK], 13, 2);
+    refuse_byte(&m[WIRE_ASK], 14, WIRE_PROGRESS_ALL + 1);
     refuse_byte(&m[WIRE_GRANT], 5, 1);   // a shard's length
     refuse_byte(&m[WIRE_GRANT], 10, 0);  // ... of 0
     refuse_byte(&m[WIRE_GRANT], 13, 15); // digest size
