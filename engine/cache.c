@@ -130,7 +130,7 @@ int cache_snapshot(struct cache *cache, struct replica ***out, size_t *count)
 bool cache_reserve(struct cache *cache, struct replica *replica, uint64_t bytes)
 {
     uint64_t charge = storage_charge(bytes);
-    if (charge <= replica->reserved) {
+    if (replica->extents || charge <= replica->reserved) { /* the program's memory is no cache */
         return true;
     }
     uint64_t more = charge - replica->reserved;

@@ -16,6 +16,7 @@ struct storage;
 struct cache;
 struct lane;
 struct peers;
+struct bounce;
 
 #define CORE_LANES_MAX 16
 
@@ -36,6 +37,7 @@ struct engine {
     struct cache *cache;
     struct work *work;
     struct peers *peers;
+    struct bounce *bounce;
     struct bucket upload, download; /* limits of all lanes together */
     struct lane *lanes[CORE_LANES_MAX];
     unsigned lane_count;

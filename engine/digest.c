@@ -46,7 +46,11 @@ int digest_shard_begin(struct digest_shard *d, const struct digest_ops *ops, con
 {
     *d = (struct digest_shard){.ops = ops, .data = data, .length = length};
     d->leaves = malloc(leaf_count(length) * ops->size + 1); // an empty shard has no leaves
-    return d->leaves ? 0 : -ENOMEM;
+    d->leaf = data ? NULL : malloc(DIGEST_LEAF);
+    if (d->leaves && (data || d->leaf))
+        return 0;
+    digest_shard_clear(d);
+    return -ENOMEM;
 }
 
 void digest_shard_advance(struct digest_shard *d, size_t landed)
@@ -57,7 +61,9 @@ void digest_shard_advance(struct digest_shard *d, size_t landed)
             leaf = DIGEST_LEAF;
         if (landed < d->hashed + leaf)
             return;
-        d->ops->hash(d->data + d->hashed, leaf, d->leaves + d->hashed / DIGEST_LEAF * d->ops->size);
+        const uint8_t *bytes =
+            d->data ? d->data + d->hashed : d->gather(d->arg, d->hashed, leaf, d->leaf);
+        d->ops->hash(bytes, leaf, d->leaves + d->hashed / DIGEST_LEAF * d->ops->size);
         d->hashed += leaf;
     }
 }
@@ -71,7 +77,9 @@ void digest_shard_finish(struct digest_shard *d, uint8_t *out)
 void digest_shard_clear(struct digest_shard *d)
 {
     free(d->leaves);
+    free(d->leaf);
     d->leaves = NULL;
+    d->leaf = NULL;
 }
 
 void digest_shard_from_leaves(const struct digest_ops *ops, const uint8_t *leaves, size_t count,

@@ -27,11 +27,16 @@ const struct digest_ops *digest_by_name(const char *name);       /* NULL: unknow
 /* A running hash over one shard whose bytes come in order, in pieces of any size. */
 struct digest_shard {
     const struct digest_ops *ops;
-    const uint8_t *data; /* the shard's first byte, in memory that stays */
-    size_t length;       /* of the shard */
-    size_t hashed;       /* leaves up to here are in */
-    uint8_t *leaves;     /* digests of the leaves so far (malloc'd) */
+    const uint8_t *data; /* the shard's first byte, in memory that stays; NULL: see gather */
+    /* Of a shard that lies in several places: where [offset, offset + length) is, in one piece, or `leaf`, filled. */
+    const uint8_t *(*gather)(void *arg, size_t offset, size_t length, uint8_t *leaf);
+    void *arg;
+    uint8_t *leaf;   /* room for one (malloc'd) */
+    size_t length;   /* of the shard */
+    size_t hashed;   /* leaves up to here are in */
+    uint8_t *leaves; /* digests of the leaves so far (malloc'd) */
 };
+/* data NULL: the caller sets gather and arg next. -ENOMEM. */
 int digest_shard_begin(struct digest_shard *d, const struct digest_ops *ops, const void *data,
                        size_t length);
 /* The first `landed` bytes are there: hashes every leaf that is complete. */

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #include <utlist.h>
 
+#include "engine/bounce.h"
 #include "engine/cache.h"
 #include "engine/draft.h"
 #include "engine/inplace.h"
@@ -168,9 +169,13 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     if (status < 0) {
         goto close_cache;
     }
-    status = work_open(ENGINE_WORKERS, &e->work);
+    status = bounce_open(&e->bounce);
     if (status < 0) {
         goto close_peers;
+    }
+    status = work_open(ENGINE_WORKERS, &e->work);
+    if (status < 0) {
+        goto close_bounce;
     }
     bucket_open(&e->upload, config->max_upload);
     bucket_open(&e->download, config->max_download);
@@ -194,6 +199,8 @@ close_lanes:
     bucket_close(&e->download);
     bucket_close(&e->upload);
     work_close(e->work);
+close_bounce:
+    bounce_close(e->bounce);
 close_peers:
     peers_close(e->peers);
 close_cache:
@@ -244,6 +251,7 @@ void engine_close(struct engine *engine)
     lanes_close(engine);
     bucket_close(&engine->download);
     bucket_close(&engine->upload);
+    bounce_close(engine->bounce);
     peers_close(engine->peers);
     storage_close(engine->storage);
     config_free(&engine->config);

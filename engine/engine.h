@@ -66,6 +66,7 @@ const struct model_id *replica_version(const struct replica *replica);
 struct engine_waiter {
     void (*ready)(struct engine_waiter *waiter, int status);
     struct engine_waiter *prev, *next; /* the rest is the engine's while parked */
+    bool patient;                      /* wants all of it in any order: hurries nobody */
     uint32_t first, last;
     struct replica *replica;
     bool parked;
@@ -119,6 +120,40 @@ int engine_register_file(struct engine *engine, const char *path, uint64_t paren
  * absolute ones that lead to regular files as files; other kinds are skipped with one line in the log. */
 int engine_register_tree(struct engine *engine, const char *path, uint64_t parent, const char *name,
                          unsigned flags, catalog_done done, void *arg);
+
+/* ---- memory of the program ---- */
+
+/* For programs that hold weights in memory of their own (p2pstore.h): the bytes of such a replica lie in ranges that
+ * the program owns, one behind the other; an empty range is harmless. From the call that makes the replica until
+ * `released` runs, and no longer, the engine may read them, and engine_lent_pull write them. */
+struct engine_range {
+    void *address;
+    uint64_t length;
+};
+/* A new version whose bytes are there. Until it is published nobody knows of it. shard_size: as model.h has it. */
+int engine_lent_offer(struct engine *engine, const struct engine_range *ranges, size_t count,
+                      uint32_t shard_size, void (*released)(void *arg), void *arg,
+                      struct replica **replica);
+/* catalog_publish of that version. Once `done` has said 0, call engine_lent_published if the replica is still there. */
+int engine_lent_publish(struct engine *engine, struct replica *replica, uint64_t parent,
+                        const char *name, const struct model_attr *attr, unsigned flags,
+                        catalog_done done, void *arg);
+/* Digests it in the background; until then peers are told digests as they ask. */
+void engine_lent_published(struct engine *engine, struct replica *replica);
+/* A registered version, to be pulled into the ranges. -ENOENT; -EMSGSIZE: the ranges have another size than the
+ * version; -EEXIST: this node has the version already. */
+int engine_lent_pull(struct engine *engine, const struct model_id *version,
+                     const struct engine_range *ranges, size_t count, void (*released)(void *arg),
+                     void *arg, struct replica **replica);
+/* Pulls all of it. As engine_read (engine_read_cancel takes the waiter back); `ready` is the caller's, the rest is
+ * filled in. */
+int engine_lent_wait(struct engine *engine, struct replica *replica, struct engine_waiter *waiter);
+uint64_t engine_lent_resident(const struct replica *replica); /* bytes that are there */
+/* The last failure's cause in words, malloc'd, or NULL. */
+char *engine_lent_reason(struct replica *replica);
+/* Ends every transfer of it and lets go: `released` follows, soon, whatever the metadata service does. Nobody may wait
+ * for it any more. The cluster is not told: unlink the name, or call catalog_withdraw. */
+void engine_lent_release(struct engine *engine, struct replica *replica);
 
 /* ---- control ---- */
 

@@ -5,7 +5,8 @@
 #include <string.h>
 #include <utlist.h>
 
-#include "engine/storage.h"
+#include "engine/extents.h"
+#include "engine/lent.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -22,9 +23,11 @@ struct fill {
     struct source *source;
     struct digest_shard hash;
     uint8_t expected[MODEL_DIGEST_MAX];
-    uint8_t *apart;     /* a hedge's own memory; NULL: it lands in the replica */
-    struct fill *twin;  /* the other one of a hedged shard */
-    uint64_t populated; /* bytes from its begin that have their pages */
+    struct lent_place place; /* in the replica */
+    uint64_t scattered;      /* bytes that went from a bounce buffer to where they belong */
+    uint8_t *apart;          /* a hedge's own memory; NULL: it lands in the replica */
+    struct fill *twin;       /* the other one of a hedged shard */
+    uint64_t populated;      /* bytes from its begin that have their pages */
     uint64_t asked_ns;
     uint64_t granted_ns; /* 0: it waits */
     uint64_t progress_ns;
@@ -40,6 +43,15 @@ static uint64_t now_of(const struct fill *fill)
 
 /* ---- begin and end ---- */
 
+/* One that was never asked, or is over. */
+static void fill_drop(struct fill *fill)
+{
+    digest_shard_clear(&fill->hash);
+    lent_place_clear(fill->source->pull->lane->engine, &fill->place);
+    free(fill->apart);
+    free(fill);
+}
+
 static void fill_free(struct fill *fill)
 {
     struct source *source = fill->source;
@@ -50,9 +62,7 @@ static void fill_free(struct fill *fill)
     if (fill->twin) {
         fill->twin->twin = NULL;
     }
-    digest_shard_clear(&fill->hash);
-    free(fill->apart);
-    free(fill);
+    fill_drop(fill);
 }
 
 static void fill_cancel(struct fill *fill)
@@ -78,22 +88,28 @@ static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent,
         return NULL;
     }
     size_t length = replica_shard_size(replica, shard);
-    fill->apart = apart ? malloc(length) : NULL;
-    uint8_t *destination =
-        apart ? fill->apart : replica->map + replica_shard_offset(replica, shard);
     fill->source = source;
+    fill->apart = apart ? malloc(length) : NULL;
+    int status = apart ? (fill->apart ? 0 : -ENOMEM) : lent_place(replica, shard, &fill->place);
+    uint8_t *destination = apart ? fill->apart : fill->place.at;
     fill->request.ops = &fill_ops;
     fill->request.shard = shard;
     fill->request.urgent = urgent;
     fill->request.progress =
         (uint8_t)((uint64_t)atomic_load(&replica->present) * WIRE_PROGRESS_ALL / replica->shards);
     fill->request.fetch.destination = destination;
+    fill->request.fetch.pieces = fill->place.pieces;
+    fill->request.fetch.piece_count = fill->place.piece_count;
     fill->request.fetch.length = length;
-    if (!destination || digest_shard_begin(&fill->hash, replica->digest, destination, length) < 0) {
-        free(fill->apart);
-        free(fill);
+    if (status == 0) {
+        status = digest_shard_begin(&fill->hash, replica->digest, destination, length);
+    }
+    if (status < 0) {
+        fill_drop(fill);
         return NULL;
     }
+    fill->hash.gather = lent_gather;
+    fill->hash.arg = &fill->place;
     fill->asked_ns = fill->progress_ns = now_of(fill);
     return fill;
 }
@@ -105,9 +121,7 @@ static struct fill *fill_ask(struct source *source, uint32_t shard, bool urgent,
         return NULL;
     }
     if (supplier_ask(&source->attachment, &fill->request) < 0) {
-        digest_shard_clear(&fill->hash);
-        free(fill->apart);
-        free(fill);
+        fill_drop(fill);
         return NULL;
     }
     DL_APPEND(source->pull->fills, fill);
@@ -150,16 +164,13 @@ static struct fill *fill_of(struct request *request)
  * thread, it costs twice that; left to the copy, it costs a fault for each page. */
 static int fill_populate(struct fill *fill)
 {
-    struct replica *replica = fill->source->pull->replica;
     const struct transport_fetch *fetch = &fill->request.fetch;
     int status = 0;
     while (!fill->apart && status == 0 && fill->populated < fetch->length &&
            fill->populated < fetch->landed + FILL_POPULATE_AHEAD) {
         uint64_t left = fetch->length - fill->populated;
         uint64_t step = left < FILL_POPULATE_STEP ? left : FILL_POPULATE_STEP;
-        status = storage_populate(
-            replica->map, replica_shard_offset(replica, fill->request.shard) + fill->populated,
-            step);
+        status = lent_populate(&fill->place, fill->populated, step);
         fill->populated += step;
     }
     return status;
@@ -186,6 +197,19 @@ static bool fill_granted(struct request *request, const uint8_t *digest, size_t 
     return known && fill_populate(fill) == 0;
 }
 
+/* What has landed in a bounce buffer goes to its place while it is warm. */
+static void fill_scatter(struct fill *fill)
+{
+    struct replica *replica = fill->source->pull->replica;
+    uint64_t landed = fill->request.fetch.landed;
+    if (fill->place.bounce && landed > fill->scattered) {
+        extents_write(replica->extents,
+                      replica_shard_offset(replica, fill->request.shard) + fill->scattered,
+                      landed - fill->scattered, fill->place.bounce + fill->scattered);
+        fill->scattered = landed;
+    }
+}
+
 static void fill_landed(struct request *request)
 {
     struct fill *fill = fill_of(request);
@@ -194,6 +218,7 @@ static void fill_landed(struct request *request)
     fill->source->progress_ns = now;
     fill->source->pull->replica->progress_ns = now;
     digest_shard_advance(&fill->hash, request->fetch.landed);
+    fill_scatter(fill);
     (void)fill_populate(fill); /* a failure shows when the bytes come */
 }
 
@@ -201,6 +226,7 @@ static bool fill_verify(struct fill *fill)
 {
     uint8_t digest[MODEL_DIGEST_MAX];
     digest_shard_advance(&fill->hash, fill->request.fetch.length);
+    fill_scatter(fill);
     digest_shard_finish(&fill->hash, digest);
     return memcmp(digest, fill->expected, fill->source->pull->replica->digest->size) == 0;
 }
@@ -220,12 +246,7 @@ static int fill_take(struct fill *fill)
     if (!fill->apart) {
         return 0;
     }
-    uint64_t offset = replica_shard_offset(replica, fill->request.shard);
-    int status = storage_populate(replica->map, offset, fill->request.fetch.length);
-    if (status == 0) {
-        memcpy(replica->map + offset, fill->apart, fill->request.fetch.length);
-    }
-    return status;
+    return lent_shard_write(replica, fill->request.shard, fill->apart);
 }
 
 static void fill_ended(struct request *request, int status, uint32_t retry_ms)
@@ -282,7 +303,7 @@ static bool demanded(const struct replica *replica, uint32_t shard)
 {
     const struct engine_waiter *waiter;
     DL_FOREACH(replica->waiters, waiter) {
-        if (shard >= waiter->first && shard <= waiter->last) {
+        if (!waiter->patient && shard >= waiter->first && shard <= waiter->last) {
             return true;
         }
     }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "engine/cache.h"
+#include "engine/extents.h"
 #include "engine/lane.h"
 #include "engine/serve.h"
 #include "meta/base/log.h"
@@ -32,6 +33,12 @@ static void withdrawn(void *arg, int status, const struct model_entry *entry)
     (void)entry;
 }
 
+/* What it is, for the log. */
+static const char *origin(const struct replica *replica)
+{
+    return replica->extents ? "memory of this program" : replica->version.origin_path;
+}
+
 /* The cluster must not be sent here again; readers get EIO from now on. Said once. */
 static void changed(struct replica *replica, const char *what)
 {
@@ -47,9 +54,10 @@ static void changed(struct replica *replica, const char *what)
         return;
     }
     log_error(
-        "%s: registered in place, and now it %s; its reads fail with EIO. Restore it and mount again, or rm the name and register it "
+        "%s: registered in place, and now it %s; its reads fail with EIO. %s the name and register it "
         "again",
-        replica->version.origin_path, what);
+        origin(replica), what,
+        replica->extents ? "Unregister" : "Restore it and mount again, or rm");
     struct engine *engine = replica->engine;
     lane_post_all(engine, serve_revoke, replica);
     (void)catalog_withdraw(engine->config.catalog, &replica->version.id, false, withdrawn, NULL);
@@ -59,6 +67,9 @@ static void changed(struct replica *replica, const char *what)
 static int check_path(struct replica *replica)
 {
     struct stat st;
+    if (replica->extents) {
+        return 0;
+    }
     if (stat(replica->version.origin_path, &st) < 0) {
         changed(replica,
                 errno == ENOENT || errno == ENOTDIR ? "has vanished" : "cannot be reached");
@@ -81,7 +92,7 @@ int inplace_open(struct replica *replica)
         return -ESTALE;
     }
     int status = check_path(replica);
-    if (status < 0 || open_now) {
+    if (status < 0 || open_now || replica->extents) {
         return status;
     }
     util_autoclose int fd =
@@ -139,11 +150,29 @@ static int read_whole(int fd, uint8_t *out, size_t length, uint64_t offset)
     return 0;
 }
 
+/* The same of the replica, wherever it lies. -ESTALE: the program has its memory back, or it is no memory any more. */
+static int bytes_read(struct replica *replica, uint8_t *out, size_t length, uint64_t offset)
+{
+    if (!replica->extents) {
+        return read_whole(replica->fd, out, length, offset);
+    }
+    if (!extents_enter(replica->extents)) {
+        return -ESTALE;
+    }
+    int status = extents_read(replica->extents, offset, length, out);
+    extents_leave(replica->extents);
+    if (status == -EFAULT) {
+        changed(replica, "cannot be read");
+        status = -ESTALE;
+    }
+    return status;
+}
+
 int inplace_read(struct replica *replica, uint64_t offset, size_t length, void *out)
 {
     int status = inplace_open(replica);
     if (status == 0) {
-        status = read_whole(replica->fd, out, length, offset);
+        status = bytes_read(replica, out, length, offset);
         /* What was read counts only if the file was still itself afterwards. */
         int still = check_path(replica);
         status = still < 0 ? still : status;
@@ -162,7 +191,7 @@ static int shard_read(struct replica *replica, uint32_t shard, uint8_t *buffer, 
     size_t count = 0;
     for (uint64_t at = 0; at < length; at += DIGEST_LEAF) {
         size_t piece = length - at < DIGEST_LEAF ? length - at : DIGEST_LEAF;
-        int status = read_whole(replica->fd, buffer, piece, offset + at);
+        int status = bytes_read(replica, buffer, piece, offset + at);
         if (status < 0) {
             return status;
         }
@@ -211,6 +240,9 @@ int inplace_prepare(struct replica *replica, uint32_t shard)
     if (!known) {
         return shard_hash(replica, shard);
     }
+    if (replica->extents) {
+        return 0;
+    }
     (void)readahead(replica->fd, (off64_t)replica_shard_offset(replica, shard),
                     replica_shard_size(replica, shard));
     return 0;
@@ -242,7 +274,7 @@ static void sealed(void *arg, int status, const struct model_entry *entry)
     if (status < 0 && status != -ENOENT && status != -ESHUTDOWN) {
         log_warn(
             "%s: its digest could not be stored in the metadata: %s; peers are told it by this node",
-            hash->replica->version.origin_path, strerror(-status));
+            origin(hash->replica), strerror(-status));
     }
     hash_end(hash);
 }

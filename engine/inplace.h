@@ -1,5 +1,6 @@
-/* Inplace: files that are registered where they lie: opened when somebody wants them, digested in the background,
- * checked against what they were before and after every use. Work threads (they may wait for a local disk). */
+/* Inplace: what is registered where it lies: files, opened when somebody wants them, digested in the background, checked
+ * against what they were before and after every use; and a program's memory (extents.h), which is digested alike but
+ * cannot be checked. Work threads (they may wait for a local disk). */
 #ifndef P2PFS_ENGINE_INPLACE_H
 #define P2PFS_ENGINE_INPLACE_H
 

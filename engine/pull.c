@@ -212,6 +212,14 @@ static void pull_free(struct pull *pull)
     replica_put(replica);
 }
 
+void pull_drop(struct lane *lane, const struct replica *replica)
+{
+    struct pull *pull = pull_find(lane, replica);
+    if (pull) {
+        pull_free(pull);
+    }
+}
+
 /* Posted to every lane when a replica wants bytes: begins, or goes on. */
 static void pull_run(struct lane *lane, void *arg)
 {

@@ -23,6 +23,7 @@ void pull_stop(struct replica *replica);
 void pull_neighbours_changed(struct replica *replica);
 
 /* Lane thread. */
+void pull_drop(struct lane *lane, const struct replica *replica); /* lets go of it now */
 void pull_tick(struct lane *lane, uint64_t now_ns);
 void pull_close_all(struct lane *lane);
 

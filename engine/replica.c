@@ -10,6 +10,7 @@
 #include "engine/cache.h"
 #include "engine/crowd.h"
 #include "engine/draft.h"
+#include "engine/extents.h"
 #include "engine/lane.h"
 #include "engine/neighbours.h"
 #include "engine/storage.h"
@@ -66,6 +67,7 @@ void replica_put(struct replica *replica)
     } else if (replica->fd >= 0) {
         close(replica->fd);
     }
+    extents_free(replica->extents);
     spread_close(replica->spread);
     neighbours_close(replica);
     crowd_free(replica->crowd);
@@ -81,7 +83,7 @@ void replica_put(struct replica *replica)
 
 int replica_storage_open(struct replica *replica)
 {
-    if (replica->fd >= 0 || replica->shards == 0 || replica->inplace) {
+    if (replica->fd >= 0 || replica->shards == 0 || replica->inplace || replica->extents) {
         return 0;
     }
     char name[MODEL_ID_TEXT];

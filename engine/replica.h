@@ -31,6 +31,7 @@ struct neighbours;
 struct crowd;
 struct slots_book;
 struct draft; /* what only a draft needs; draft.c */
+struct extents;
 
 enum replica_announced { REPLICA_SILENT, REPLICA_SOME, REPLICA_ALL };
 
@@ -63,6 +64,7 @@ struct replica {
     uint64_t used_ns; /* last open or read, for eviction */
     bool pinned;
     bool inplace;
+    struct extents *extents; /* the bytes lie in memory of the program; NULL: in a file. Fixed */
     bool torn; /* a grant ended before its peer was done: pages may still be on their way to it */
     bool lent; /* the kernel may have mapped its pages into processes that nothing is known of */
     bool changed; /* in place: the local file is not what was registered */

@@ -44,6 +44,7 @@ void grant_end(struct session *s, struct grant *grant, bool done)
         inplace_idle(grant->replica);
         atomic_fetch_sub(&s->lane->engine->counters.grants_open, 1);
     }
+    lent_place_clear(s->lane->engine, &grant->place);
     replica_put(grant->replica);
     free(grant);
 }
@@ -77,11 +78,7 @@ static void grant_expose(struct session *s, struct grant *grant)
 {
     struct replica *replica = grant->replica;
     uint32_t shard = grant->shard;
-    uint64_t offset = replica_shard_offset(replica, shard);
-    struct transport_region region = {.fd = replica->fd,
-                                      .offset = (off_t)offset,
-                                      .map = replica->map ? replica->map + offset : NULL,
-                                      .length = replica_shard_size(replica, shard)};
+    struct transport_region region = {.length = replica_shard_size(replica, shard)};
     struct wire_message message = {
         .type = WIRE_GRANT, .request = grant->request, .length = region.length};
     uint8_t digest[MODEL_DIGEST_MAX];
@@ -108,8 +105,11 @@ static void grant_expose(struct session *s, struct grant *grant)
     grant->length = region.length;
     grant->since_ns = loop_now_ns(s->lane->loop);
     atomic_fetch_add(&s->lane->engine->counters.grants_open, 1);
-    int status = s->lane->transport->ops->expose(s->link, grant->request, &region,
+    int status = lent_region(replica, shard, &grant->place, &region);
+    if (status == 0) {
+        status = s->lane->transport->ops->expose(s->link, grant->request, &region,
                                                  grant->ask.urgent, &message.descriptor);
+    }
     if (status == 0) {
         status = serve_send(s, &message);
     }

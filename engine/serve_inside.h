@@ -3,6 +3,7 @@
 #ifndef P2PFS_ENGINE_SERVE_INSIDE_H
 #define P2PFS_ENGINE_SERVE_INSIDE_H
 
+#include "engine/lent.h"
 #include "engine/peers.h"
 #include "engine/serve.h"
 #include "engine/slots.h"
@@ -36,6 +37,7 @@ struct grant {
     struct session *session;
     uint64_t since_ns; /* exposed */
     uint64_t length;
+    struct lent_place place; /* of the bytes */
     bool exposed;  /* false: waits, or an in-place shard is being looked at by a work thread */
     bool sent;     /* all of it has been handed to the network */
     bool promised; /* it stands in the version's book */

@@ -89,7 +89,9 @@ static size_t demand_collect(const struct replica *replica, struct spread_range 
         if (count == SOURCE_DEMAND_MAX) {
             break;
         }
-        ranges[count++] = (struct spread_range){waiter->first, waiter->last};
+        if (!waiter->patient) {
+            ranges[count++] = (struct spread_range){waiter->first, waiter->last};
+        }
     }
     return count;
 }

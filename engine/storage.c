@@ -132,6 +132,13 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
         *storage = s;
         return 0;
     }
+    if (limit == 0) {
+        s->type = STORAGE_MEMFD;
+        s->mount = -1;
+        snprintf(s->why, sizeof s->why, "nothing is kept here");
+        *storage = s;
+        return 0;
+    }
     s->type = STORAGE_TMPFS;
     s->mount = tmpfs_mount(limit);
     if (s->mount < 0) {
@@ -296,11 +303,11 @@ void storage_unmap(uint8_t *map, uint64_t size)
     }
 }
 
-int storage_populate(uint8_t *map, uint64_t offset, uint64_t length)
+int storage_populate(uint8_t *at, uint64_t length)
 {
-    uint64_t first = offset / STORAGE_PAGE * STORAGE_PAGE;
-    uint64_t end = storage_charge(offset + length);
-    if (madvise(map + first, end - first, MADV_POPULATE_WRITE) == 0 || errno == EINVAL) {
+    uint64_t into = (uintptr_t)at % STORAGE_PAGE;
+    if (madvise(at - into, storage_charge(into + length), MADV_POPULATE_WRITE) == 0 ||
+        errno == EINVAL) {
         return 0; /* EINVAL: the kernel is older than 5.14; pages come when they are touched */
     }
     /* A tmpfs that is full answers EFAULT here, where a write would get SIGBUS. */

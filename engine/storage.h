@@ -11,7 +11,7 @@
 
 struct storage;
 
-/* limit: bytes that all files together may take. dir: NULL or a directory. `error` as in engine_open. */
+/* limit: bytes that all files together may take; 0: there will be none. dir: NULL or a directory. `error` as in engine_open. */
 int storage_open(uint64_t limit, const char *dir, struct storage **storage, char **error);
 void storage_close(struct storage *storage);             /* files that are open live on */
 const char *storage_kind(const struct storage *storage); /* "huge tmpfs", "memfd" or "cache_dir" */
@@ -35,6 +35,6 @@ int storage_map(int fd, uint64_t size, uint8_t **map);
 void storage_unmap(uint8_t *map, uint64_t size);
 /* Gives a range its pages before somebody writes there. Failure is harmless but for -ENOSPC and -ENOMEM, which a later
  * write would meet as SIGBUS. */
-int storage_populate(uint8_t *map, uint64_t offset, uint64_t length);
+int storage_populate(uint8_t *at, uint64_t length);
 
 #endif

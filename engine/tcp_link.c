@@ -248,14 +248,12 @@ int tcp_link_expose(struct link *base, uint32_t id, const struct transport_regio
     if (!e)
         return -ENOMEM;
     e->id = id;
-    e->fd = region->fd;
-    e->offset = region->offset;
-    e->length = region->length;
+    e->region = *region;
 
     struct buf b = buf_over(descriptor->bytes, sizeof(descriptor->bytes));
     buf_put_u8(&b, 'T');
     buf_put_u32(&b, id);
-    buf_put_u64(&b, e->length);
+    buf_put_u64(&b, e->region.length);
     descriptor->length = (uint8_t)b.at;
 
     if (urgent)
@@ -311,7 +309,7 @@ static enum progress slice_next(struct tcp_link *link)
     size_t most = pace_credit(link, &link->out, link->urgent != NULL);
     if (most == 0)
         return PAUSED;
-    size_t length = e->length - e->sent;
+    size_t length = e->region.length - e->sent;
     if (length > TCP_SLICE_BYTES)
         length = TCP_SLICE_BYTES;
     if (length > most)
@@ -331,7 +329,7 @@ static void slice_over(struct tcp_link *link)
     link->slice.exposure = NULL;
     if (!e)
         return;
-    if (e->sent < e->length) {
+    if (e->sent < e->region.length) {
         struct tcp_exposure **list = link->urgent == e ? &link->urgent : &link->normal;
         if (e->turn >= TCP_SHARE_BYTES) {
             e->turn = 0;
@@ -352,10 +350,25 @@ static void slice_failed(struct tcp_link *link, int error)
     struct tcp_exposure *e = link->slice.exposure;
     log_error(
         "%s: bytes %zu to %zu of a shard cannot be read: %s; the peer is told to take it elsewhere",
-        link->base.peer, e->sent, e->length,
+        link->base.peer, e->sent, e->region.length,
         error ? strerror(error) : "the file has become shorter");
     link->slice.exposure = NULL;
     exposure_quiet(link, e, true);
+}
+
+/* Memory is copied: its owner may have it back as soon as this returns. */
+static ssize_t region_send(int fd, const struct transport_region *region, size_t at, size_t length)
+{
+    off_t offset = region->offset + (off_t)at;
+    if (region->fd >= 0)
+        return sendfile(fd, region->fd, &offset, length);
+    if (region->map)
+        return send(fd, (const uint8_t *)region->map + at, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    struct iovec pieces[TCP_PIECES];
+    struct msghdr header = {.msg_iov = pieces};
+    header.msg_iovlen =
+        transport_pieces(region->pieces, region->piece_count, at, length, pieces, TCP_PIECES);
+    return sendmsg(fd, &header, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 static enum progress slice_write(struct tcp_link *link, size_t *budget)
@@ -378,11 +391,10 @@ static enum progress slice_write(struct tcp_link *link, size_t *budget)
         size_t wanted = link->slice.left < *budget ? link->slice.left : *budget;
         ssize_t n;
         if (e) {
-            off_t at = e->offset + (off_t)e->sent;
-            n = sendfile(fd, e->fd, &at, wanted);
+            n = region_send(fd, &e->region, e->sent, wanted);
             // EPIPE and the like are the socket's; what reading the file gives is not among them
             if (n == 0 || (n < 0 && (errno == EIO || errno == EINVAL || errno == EBADF ||
-                                     errno == EOVERFLOW || errno == ENOMEM))) {
+                                     errno == EOVERFLOW || errno == ENOMEM || errno == EFAULT))) {
                 slice_failed(link, n == 0 ? 0 : errno);
                 continue;
             }
@@ -541,6 +553,30 @@ static void stage_greeting(struct tcp_link *link)
     tcp_link_break(link, -EPROTO, "%s", who);
 }
 
+/* Where the next bytes of a fetch go: at most `length` of them, in at most `room` pieces. */
+static size_t body_place(const struct transport_fetch *fetch, size_t length, struct iovec *out,
+                         size_t room)
+{
+    if (!fetch->destination)
+        return transport_pieces(fetch->pieces, fetch->piece_count, fetch->landed, length, out,
+                                room);
+    *out = (struct iovec){(uint8_t *)fetch->destination + fetch->landed, length};
+    return 1;
+}
+
+/* How many it was. */
+static size_t body_copy(const struct transport_fetch *fetch, const uint8_t *bytes, size_t length)
+{
+    struct iovec pieces[TCP_PIECES];
+    size_t count = body_place(fetch, length, pieces, TCP_PIECES);
+    size_t copied = 0;
+    for (size_t i = 0; i < count; i++) {
+        memcpy(pieces[i].iov_base, bytes + copied, pieces[i].iov_len);
+        copied += pieces[i].iov_len;
+    }
+    return copied;
+}
+
 /* One step through what is staged. False: more bytes are needed. */
 static bool stage_step(struct tcp_link *link)
 {
@@ -555,7 +591,7 @@ static bool stage_step(struct tcp_link *link)
     if (link->body_left > 0) {
         size_t n = have < link->body_left ? have : link->body_left;
         if (link->body)
-            memcpy((uint8_t *)link->body->destination + link->body->landed, at, n);
+            n = body_copy(link->body, at, n);
         link->stage_begin += n;
         body_landed(link, n);
         return true;
@@ -611,13 +647,16 @@ static ssize_t receive(struct tcp_link *link, size_t most, size_t *wanted)
     *wanted = body;
     if (body > 0 && !link->body)
         return recv(fd, NULL, body, MSG_DONTWAIT | MSG_TRUNC); // TCP: drops without a copy
-    struct iovec pieces[2];
+    struct iovec pieces[TCP_PIECES + 1];
     struct msghdr header = {.msg_iov = pieces};
-    if (body > 0)
-        pieces[header.msg_iovlen++] = (struct iovec){
-            .iov_base = (uint8_t *)link->body->destination + link->body->landed,
-            .iov_len = body,
-        };
+    if (body > 0) {
+        header.msg_iovlen = body_place(link->body, body, pieces, TCP_PIECES);
+        *wanted = 0;
+        for (size_t i = 0; i < header.msg_iovlen; i++)
+            *wanted += pieces[i].iov_len;
+        if (*wanted < body)
+            return recvmsg(fd, &header, MSG_DONTWAIT);
+    }
     size_t room = TCP_STAGE_BYTES - link->stage_end;
     if (link->body_left > 0 && room > TCP_TAIL_BYTES)
         room = TCP_TAIL_BYTES; // more would be payload of the next slice, which had to be copied

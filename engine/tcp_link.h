@@ -25,6 +25,7 @@
 #define TCP_SHARE_BYTES      (8u << 20) /* of one exposure, before another's turn */
 #define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
 #define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
+#define TCP_PIECES           64         /* of scattered memory, in one call to the kernel */
 #define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
 #define TCP_STAGE_BYTES      (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
 #define TCP_DESCRIPTOR_BYTES 13 /* 'T', id u32, length u64 */
@@ -34,9 +35,7 @@ enum tcp_frame { TCP_MESSAGE = 1, TCP_DATA, TCP_END };
 
 struct tcp_exposure {
     uint32_t id;
-    int fd; /* borrowed until unexpose */
-    off_t offset;
-    size_t length;
+    struct transport_region region; /* fd, map and pieces are borrowed until unexpose */
     size_t sent;
     size_t turn; /* bytes of its turn that have left */
     struct tcp_exposure *prev, *next;

@@ -10,6 +10,23 @@ static const struct transport_ops *const transports[] = {
     &transport_mem,
 };
 
+size_t transport_pieces(const struct iovec *pieces, size_t count, size_t at, size_t length,
+                        struct iovec *out, size_t room)
+{
+    size_t used = 0;
+    for (size_t i = 0; i < count && length > 0 && used < room; i++) {
+        if (at >= pieces[i].iov_len) {
+            at -= pieces[i].iov_len;
+            continue;
+        }
+        size_t part = pieces[i].iov_len - at < length ? pieces[i].iov_len - at : length;
+        out[used++] = (struct iovec){(uint8_t *)pieces[i].iov_base + at, part};
+        length -= part;
+        at = 0;
+    }
+    return used;
+}
+
 const struct transport_ops *transport_by_name(const char *name)
 {
     for (size_t i = 0; i < util_count(transports); i++)

@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 #include "engine/loop.h"
 
@@ -26,23 +27,32 @@
 struct transport;
 struct link;
 
-/* What may be read: bytes of an open file (sendfile) that are also mapped at `map` (or map is NULL: not mapped). */
+/* What may be read: bytes of an open file (sendfile) that are also mapped at `map` (or map is NULL: not mapped); or, with
+ * fd -1, memory that is no file's: at `map`, or, where the transport is `scattered`, in `pieces`, which last until
+ * unexpose. */
 struct transport_region {
     int fd;
     off_t offset;
     const void *map; /* address of `offset`, or NULL */
     size_t length;
+    const struct iovec *pieces;
+    size_t piece_count;
 };
+/* Fills `out` with what of the pieces [at, at + length) covers, at most `room` of them; returns how many. */
+size_t transport_pieces(const struct iovec *pieces, size_t count, size_t at, size_t length,
+                        struct iovec *out, size_t room);
 
 struct transport_descriptor {
     uint8_t bytes[TRANSPORT_DESCRIPTOR_MAX];
     uint8_t length;
 };
 
-/* One shard on its way here. Filled by the caller: destination, length, id (unique on the link, the one the holder
- * exposed). Owned by the caller until `fetch_done`, or until transport `cancel` returns. */
+/* One shard on its way here. Filled by the caller: destination (or, where the transport is `scattered`, NULL and pieces
+ * that last as long as it), length, id (unique on the link, the one the holder exposed). Owned by the caller until `fetch_done`, or until transport `cancel` returns. */
 struct transport_fetch {
     void *destination;
+    const struct iovec *pieces;
+    size_t piece_count;
     size_t length;
     uint32_t id;
     bool urgent;       /* goes before others where a limit makes them wait */
@@ -86,6 +96,7 @@ struct transport_config {
 struct transport_ops {
     const char *name; /* "tcp", "rdma", "mem" */
     bool one_sided;
+    bool scattered; /* regions and fetches may consist of pieces */
 
     int (*open)(struct loop *loop, const struct transport_config *config,
                 const struct transport_events *events, void *arg, struct transport **transport);

@@ -479,6 +479,7 @@ static void tcp_close(struct transport *base)
 const struct transport_ops transport_tcp = {
     .name = "tcp",
     .one_sided = false,
+    .scattered = true,
     .open = tcp_open,
     .close = tcp_close,
     .listen = tcp_listen,

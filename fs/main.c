@@ -13,10 +13,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "engine/address.h"
 #include "engine/engine.h"
 #include "engine/handshake.h"
 #include "engine/work.h"
-#include "fs/address.h"
 #include "fs/cmd.h"
 #include "fs/control.h"
 #include "fs/fresh.h"
@@ -183,7 +183,7 @@ static int open_engine(struct house *house, uint64_t boot)
 static int announce(struct house *house)
 {
     char address[MODEL_ADDRESS_MAX + 1], *why = NULL;
-    int rc = address_advertised(&house->options, engine_address(house->engine), address);
+    int rc = address_advertised(house->options.advertise, engine_address(house->engine), address);
     if (rc == 0)
         do
             rc = catalog_serve(house->catalog, address, &why);
@@ -263,7 +263,8 @@ static int mount_run(struct house *house, const struct model_attr *root)
     if (secret_read(&house->options) != 0)
         return status;
     const struct meta_ops *backend = meta_backend(house->options.meta);
-    int rc = address_defaults(&house->options, backend->single_machine);
+    int rc =
+        address_defaults(&house->options.listen, &house->options.node, backend->single_machine);
     if (rc != 0) {
         complain("listen", rc, NULL);
         goto wipe_secret;

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <strings.h>
 
+#include "engine/address.h"
 #include "engine/bucket.h"
 #include "engine/digest.h"
 #include "fs/memory.h"
@@ -59,22 +60,6 @@ static int set_node(struct options_parse *p)
             "node=%s: write 1 to %d printable ASCII characters without '/', '%%' and blanks",
             p->value, MODEL_NODE_MAX);
     return text_set(&p->out->node, p->value);
-}
-
-/* "host:port", "[v6]:port"; with `portless` also without the port. */
-static bool address_valid(const char *text, bool portless)
-{
-    const char *colon = strrchr(text, ':');
-    const char *bracket = strrchr(text, ']');
-    if (strlen(text) > MODEL_ADDRESS_MAX || text[0] == '\0')
-        return false;
-    if (colon == NULL || (bracket != NULL && colon < bracket))
-        return portless;
-    char *end = NULL;
-    errno = 0;
-    unsigned long port = strtoul(colon + 1, &end, 10);
-    return colon[1] >= '0' && colon[1] <= '9' && *end == '\0' && port <= UINT16_MAX &&
-           colon != text;
 }
 
 static int set_listen(struct options_parse *p)

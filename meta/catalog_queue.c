@@ -109,6 +109,8 @@ static int queue_check_version(const struct model_version *version)
     if (version->origin_path &&
         (!*version->origin_path || strlen(version->origin_path) > MODEL_PATH_MAX))
         return -ENAMETOOLONG;
+    if (version->piece_count > MODEL_PIECES_MAX)
+        return -E2BIG;
     return 0;
 }
 

@@ -303,10 +303,8 @@ static int codec_get_word(const cJSON *object, const char *field, const char **w
     return 0;
 }
 
-static int codec_get_number(const cJSON *object, const char *field, uint64_t least, uint64_t most,
-                            uint64_t *out)
+static int codec_number(const cJSON *item, uint64_t least, uint64_t most, uint64_t *out)
 {
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, field);
     if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble <= 0x1p53))
         return -EBADMSG;
     uint64_t number = (uint64_t)item->valuedouble;
@@ -314,6 +312,12 @@ static int codec_get_number(const cJSON *object, const char *field, uint64_t lea
         return -EBADMSG;
     *out = number;
     return 0;
+}
+
+static int codec_get_number(const cJSON *object, const char *field, uint64_t least, uint64_t most,
+                            uint64_t *out)
+{
+    return codec_number(cJSON_GetObjectItemCaseSensitive(object, field), least, most, out);
 }
 
 static int codec_get_bytes(const cJSON *object, const char *field, char *out, size_t size)
@@ -522,6 +526,19 @@ size_t codec_digest_length(enum model_digest digest)
                                                                     : 0;
 }
 
+static void codec_put_pieces(cJSON *object, const struct model_version *version, bool *ok)
+{
+    cJSON *list = cJSON_AddArrayToObject(object, "pieces");
+    for (uint32_t i = 0; i < version->piece_count && list; i++) {
+        cJSON *item = cJSON_CreateNumber((double)version->pieces[i]);
+        if (!item || !cJSON_AddItemToArray(list, item)) {
+            cJSON_Delete(item);
+            list = NULL;
+        }
+    }
+    *ok = *ok && list;
+}
+
 char *codec_version_encode(const struct model_version *version)
 {
     bool ok;
@@ -542,7 +559,31 @@ char *codec_version_encode(const struct model_version *version)
         codec_put_u64(object, "ino", version->origin_ino, &ok);
         codec_put_time(object, "mtime", version->origin_mtime_ns, &ok);
     }
+    if (version->pieces)
+        codec_put_pieces(object, version, &ok);
     return codec_finish(object, ok);
+}
+
+/* They are what the size is made of, or nothing that we wrote. */
+static int codec_get_pieces(const cJSON *object, struct model_version *out)
+{
+    const cJSON *list = cJSON_GetObjectItemCaseSensitive(object, "pieces");
+    const cJSON *item;
+    uint64_t sum = 0;
+    if (!list)
+        return 0;
+    int count = cJSON_GetArraySize(list);
+    if (!cJSON_IsArray(list) || count < 1 || count > MODEL_PIECES_MAX)
+        return -EBADMSG;
+    out->pieces = calloc((size_t)count, sizeof(*out->pieces));
+    if (!out->pieces)
+        return -ENOMEM;
+    cJSON_ArrayForEach(item, list) {
+        if (codec_number(item, 0, MODEL_SIZE_MAX, &out->pieces[out->piece_count]) < 0)
+            return -EBADMSG;
+        sum += out->pieces[out->piece_count++];
+    }
+    return sum == out->size ? 0 : -EBADMSG;
 }
 
 static int codec_get_digest(const cJSON *object, struct model_version *out)
@@ -582,8 +623,9 @@ static int codec_version_fields(const cJSON *object, struct model_version *out)
     out->origin_node = strdup(node);
     if (!out->origin_node)
         return -ENOMEM;
-    if (!cJSON_HasObjectItem(object, "path"))
-        return 0;
+    int rc = codec_get_pieces(object, out);
+    if (rc < 0 || !cJSON_HasObjectItem(object, "path"))
+        return rc;
     if (codec_get_u64(object, "ino", &out->origin_ino) < 0 ||
         codec_get_time(object, "mtime", &out->origin_mtime_ns) < 0)
         return -EBADMSG;

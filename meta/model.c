@@ -61,22 +61,32 @@ void model_version_clear(struct model_version *version)
 {
     free((char *)(uintptr_t)version->origin_node);
     free(version->origin_path);
+    free(version->pieces);
     memset(version, 0, sizeof(*version));
+}
+
+uint64_t *model_pieces_copy(const uint64_t *pieces, uint32_t count)
+{
+    uint64_t *copy = pieces ? malloc(count * sizeof *copy) : NULL;
+    return copy ? memcpy(copy, pieces, count * sizeof *copy) : NULL;
 }
 
 int model_version_copy(struct model_version *to, const struct model_version *from)
 {
     char *node = from->origin_node ? strdup(from->origin_node) : NULL;
     char *path = from->origin_path ? strdup(from->origin_path) : NULL;
-    if ((from->origin_node && !node) || (from->origin_path && !path)) {
+    uint64_t *pieces = model_pieces_copy(from->pieces, from->piece_count);
+    if ((from->origin_node && !node) || (from->origin_path && !path) || (from->pieces && !pieces)) {
         free(node);
         free(path);
+        free(pieces);
         memset(to, 0, sizeof(*to));
         return -ENOMEM;
     }
     *to = *from;
     to->origin_node = node;
     to->origin_path = path;
+    to->pieces = pieces;
     return 0;
 }
 

@@ -23,6 +23,7 @@
 #define MODEL_SIZE_MAX    (1ull << 45) /* 32 TiB a file, so that a shard map stays below 64 KiB */
 #define MODEL_SHARDS_MAX  (1u << 22)   /* shards of a file, so that its map stays below 512 KiB */
 #define MODEL_DIGEST_MAX  32           /* bytes of the longest digest */
+#define MODEL_PIECES_MAX  65536        /* ranges of memory that one registration consists of */
 
 /* A version's id: 128 random bits, written as 32 hex digits. */
 struct model_id {
@@ -66,7 +67,7 @@ int model_entry_copy(struct model_entry *to, const struct model_entry *from); /*
 /* One registration: immutable but for `root`, which a file registered in place gets when its bytes have been read
  * once. Shard k covers bytes [k * shard_size, min(size, (k + 1) * shard_size)). A shard's digest is the digest of the
  * concatenated digests of its leaves of 1 MiB (the last one shorter); the root is the digest of all shard digests.
- * Owned pointers: origin_node, origin_path. */
+ * Owned pointers: origin_node, origin_path, pieces. */
 struct model_version {
     struct model_id id;
     uint64_t size;
@@ -79,9 +80,14 @@ struct model_version {
     char *origin_path;   /* registered in place: the file on that node; NULL otherwise */
     uint64_t origin_ino; /* in place: what the file was when it was registered */
     int64_t origin_mtime_ns;
+    /* Registered from several ranges of a program's memory: their sizes, in order; they add up to size. */
+    uint64_t *pieces; /* NULL: of one piece */
+    uint32_t piece_count;
     uint64_t revision;
 };
 void model_version_clear(struct model_version *version);
+/* NULL: there are none, or no memory. */
+uint64_t *model_pieces_copy(const uint64_t *pieces, uint32_t count);
 int model_version_copy(struct model_version *to, const struct model_version *from); /* -ENOMEM */
 
 uint32_t model_shard_auto(uint64_t size); /* whole MiB, at most 256 shards up to 16 GiB */

@@ -64,6 +64,7 @@ static void tree_entry_free(struct tree_entry *entry)
 static void tree_version_free(struct tree_version *version)
 {
     free(version->origin_path);
+    free(version->pieces);
     free(version);
 }
 
@@ -298,6 +299,8 @@ void tree_version_view(const struct tree_version *version, struct model_version 
         .origin_path = version->origin_path,
         .origin_ino = version->origin_ino,
         .origin_mtime_ns = version->origin_mtime_ns,
+        .pieces = version->pieces,
+        .piece_count = version->piece_count,
         .revision = version->revision,
     };
     memcpy(out->root, version->root, sizeof(out->root));
@@ -546,11 +549,13 @@ int tree_version_put(struct tree *tree, const struct model_version *from)
 {
     const char *node = tree_text_keep(tree, from->origin_node);
     char *path = from->origin_path ? strdup(from->origin_path) : NULL;
+    uint64_t *pieces = model_pieces_copy(from->pieces, from->piece_count);
     struct tree_version *version = NULL;
-    if (node && (path || !from->origin_path))
+    if (node && (path || !from->origin_path) && (pieces || !from->pieces))
         version = tree_version_get(tree, &from->id);
     if (!version) {
         free(path);
+        free(pieces);
         return -ENOMEM;
     }
     tree->totals.bytes -= tree_version_bytes(version);
@@ -562,6 +567,9 @@ int tree_version_put(struct tree *tree, const struct model_version *from)
     version->origin_node = node;
     free(version->origin_path);
     version->origin_path = path;
+    free(version->pieces);
+    version->pieces = pieces;
+    version->piece_count = from->piece_count;
     version->shard_size = from->shard_size;
     memcpy(version->root, from->root, sizeof(version->root));
     version->digest = (uint8_t)from->digest;

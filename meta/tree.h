@@ -28,8 +28,10 @@ struct tree_version {
     int64_t origin_mtime_ns;
     const char *origin_node; /* shared among all versions of a node */
     char *origin_path;
+    uint64_t *pieces;
     uint64_t held_at; /* the sweep's clock when a live holder was seen last */
     uint32_t shard_size;
+    uint32_t piece_count;
     uint32_t names; /* entries that lead here */
     uint8_t root[MODEL_DIGEST_MAX];
     uint8_t digest;

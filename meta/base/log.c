@@ -8,6 +8,7 @@ _Static_assert(LOG_ERROR == 0 && LOG_WARN == 1 && LOG_INFO == 2 && LOG_DEBUG == 
 #include <errno.h>
 #include <pthread.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,8 +29,8 @@ static const struct {
 };
 #define LOG_LEVELS (sizeof(log_levels) / sizeof(log_levels[0]))
 
-static enum log_level log_least = (enum log_level)2; /* info */
-static bool log_syslog;
+static atomic_int log_least = 2; /* info */
+static atomic_bool log_syslog;
 
 static pthread_mutex_t log_mutex = PTHREAD_MUTEX_INITIALIZER;
 static char log_ring[LOG_RING]; /* under log_mutex */
@@ -38,7 +39,7 @@ static bool log_ring_wrapped;   /* the whole ring holds bytes */
 
 void log_setup(enum log_level level, bool to_syslog)
 {
-    log_least = level;
+    log_least = (int)level;
     log_syslog = to_syslog;
     if (to_syslog)
         openlog("p2pfs", LOG_PID, LOG_DAEMON);
@@ -95,7 +96,7 @@ static void log_print(enum log_level level, const char *line)
 
 void log_say(enum log_level level, const char *format, ...)
 {
-    if (level > log_least || (size_t)level >= LOG_LEVELS)
+    if ((int)level > log_least || (size_t)level >= LOG_LEVELS)
         return;
     int saved_errno = errno;
     char line[LOG_LINE];

@@ -12,7 +12,7 @@ enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
 #define LOG_LINE 1024
 
-/* Sets the least important level that is kept, and where lines go. Call before threads start. */
+/* Sets the least important level that is kept, and where lines go. */
 void log_setup(enum log_level level, bool to_syslog);
 /* "error", "warn", "info" or "debug" -> level; -EINVAL for another word. */
 int log_level_parse(const char *word, enum log_level *level);

@@ -198,6 +198,7 @@ static void entries_survive(void **state)
 static void versions_survive(void **state)
 {
     char path[] = "/data/\xff \"odd\"/model";
+    uint64_t pieces[] = {0, 1, MODEL_SIZE_MAX - 1};
     struct model_version versions[] = {
         {.id = id_of(1),
          .size = 0,
@@ -223,6 +224,13 @@ static void versions_survive(void **state)
          .origin_path = path,
          .origin_ino = UINT64_MAX,
          .origin_mtime_ns = -5},
+        {.id = id_of(4),
+         .size = MODEL_SIZE_MAX,
+         .shard_size = MODEL_SHARD_MAX,
+         .digest = MODEL_XXH3,
+         .origin_node = "n4",
+         .pieces = pieces,
+         .piece_count = util_count(pieces)},
     };
     for (size_t i = 0; i < util_count(versions); i++) {
         struct model_version out;
@@ -241,6 +249,9 @@ static void versions_survive(void **state)
             assert_string_equal(out.origin_path, versions[i].origin_path);
         assert_true(out.origin_ino == versions[i].origin_ino);
         assert_true(out.origin_mtime_ns == versions[i].origin_mtime_ns);
+        assert_int_equal(out.piece_count, versions[i].piece_count);
+        if (out.piece_count)
+            assert_memory_equal(out.pieces, pieces, sizeof(pieces));
         model_version_clear(&out);
         free(json);
     }
@@ -434,6 +445,11 @@ static void malformed_fields_are_refused(void **state)
         {decode_version, good_version, "\"path\":\"/x\"", "\"path\":7"},
         {decode_version, good_version, "\"ino\":\"0000000000000001\",", ""},
         {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":7"},
+        {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":\"7\",\"pieces\":[2,2]"},
+        {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":\"7\",\"pieces\":[2,\"3\"]"},
+        {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":\"7\",\"pieces\":[6,-1]"},
+        {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":\"7\",\"pieces\":[]"},
+        {decode_version, good_version, "\"mtime\":\"7\"", "\"mtime\":\"7\",\"pieces\":5"},
         {decode_version, good_version, "01010101010101010101010101010101",
          "00000000000000000000000000000000"},
         {decode_node, good_node, "\"n\"", "\"a/b\""},

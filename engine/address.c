@@ -1,4 +1,4 @@
-#include "fs/address.h"
+#include "engine/address.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -43,20 +43,19 @@ static int port_pick(const char *listen_at)
                                              : ((struct sockaddr_in *)&bound)->sin_port);
 }
 
-static int name_after_port(struct options *options)
+static int name_after_port(char **listen_at, char **node)
 {
-    char *colon = strrchr(options->listen, ':');
+    char *colon = strrchr(*listen_at, ':');
     int port = atoi(colon + 1);
     if (port == 0) {
-        port = port_pick(options->listen);
-        char *listen_at = NULL;
+        port = port_pick(*listen_at);
+        char *picked = NULL;
         if (port < 0)
             return port;
-        if (asprintf(&listen_at, "%.*s:%d", (int)(colon - options->listen), options->listen, port) <
-            0)
+        if (asprintf(&picked, "%.*s:%d", (int)(colon - *listen_at), *listen_at, port) < 0)
             return -ENOMEM;
-        free(options->listen);
-        options->listen = listen_at;
+        free(*listen_at);
+        *listen_at = picked;
     }
     char host[65] = "";
     if (gethostname(host, sizeof(host) - 1) != 0 || host[0] == '\0')
@@ -64,16 +63,16 @@ static int name_after_port(struct options *options)
     for (char *at = host; *at != '\0'; at++)
         if (*at <= ' ' || *at > '~' || *at == '/' || *at == '%')
             *at = '-';
-    return asprintf(&options->node, "%s:%d", host, port) < 0 ? -ENOMEM : 0;
+    return asprintf(node, "%s:%d", host, port) < 0 ? -ENOMEM : 0;
 }
 
-int address_defaults(struct options *options, bool local)
+int address_defaults(char **listen_at, char **node, bool local)
 {
-    if (options->listen == NULL)
-        options->listen = strdup(local ? ADDRESS_LOCAL : ADDRESS_ANY);
-    if (options->listen == NULL)
+    if (*listen_at == NULL)
+        *listen_at = strdup(local ? ADDRESS_LOCAL : ADDRESS_ANY);
+    if (*listen_at == NULL)
         return -ENOMEM;
-    return options->node == NULL ? name_after_port(options) : 0;
+    return *node == NULL ? name_after_port(listen_at, node) : 0;
 }
 
 /* The first address of an interface that is up and no loopback; IPv4 before IPv6. */
@@ -105,17 +104,28 @@ static bool own_address(char *out, size_t size)
     return found;
 }
 
-int address_advertised(const struct options *options, const char *bound,
-                       char out[MODEL_ADDRESS_MAX + 1])
+bool address_valid(const char *text, bool portless)
+{
+    const char *colon = strrchr(text, ':');
+    const char *bracket = strrchr(text, ']');
+    if (strlen(text) > MODEL_ADDRESS_MAX || text[0] == '\0')
+        return false;
+    if (colon == NULL || (bracket != NULL && colon < bracket))
+        return portless;
+    char *end = NULL;
+    errno = 0;
+    unsigned long port = strtoul(colon + 1, &end, 10);
+    return colon[1] >= '0' && colon[1] <= '9' && *end == '\0' && port <= UINT16_MAX &&
+           colon != text;
+}
+
+int address_advertised(const char *advertise, const char *bound, char out[MODEL_ADDRESS_MAX + 1])
 {
     const char *port = strrchr(bound, ':');
     char host[MODEL_ADDRESS_MAX + 1];
-    if (options->advertise != NULL) {
-        const char *colon = strrchr(options->advertise, ':');
-        const char *bracket = strrchr(options->advertise, ']');
-        bool whole = colon != NULL && (bracket == NULL || bracket < colon);
-        int length =
-            snprintf(out, MODEL_ADDRESS_MAX + 1, "%s%s", options->advertise, whole ? "" : port);
+    if (advertise != NULL) {
+        bool whole = address_valid(advertise, false);
+        int length = snprintf(out, MODEL_ADDRESS_MAX + 1, "%s%s", advertise, whole ? "" : port);
         return length > MODEL_ADDRESS_MAX ? -ENAMETOOLONG : 0;
     }
     snprintf(host, sizeof(host), "%.*s", (int)(port - bound), bound);
