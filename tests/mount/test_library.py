@@ -101,6 +101,15 @@ def test_a_program_links_with_pkg_config(user, compiler):
     assert run(here / "user", f"local://{here}/meta", env=environment) == "0.1.0\n"
 
 
+def test_the_program_in_the_readme_works(user):
+    here, environment = user
+    readme = (env.SOURCE / "README.md").read_text()
+    (here / "share.c").write_text(re.search(r"```c\n(.*?)```", readme, re.DOTALL)[1])
+    words = flags(environment, "--cflags", "--libs")
+    run("cc", "-Wall", "-Wextra", "-Werror", here / "share.c", "-o", here / "share", *words)
+    assert run(here / "share", f"local://{here}/meta", env=environment) == "trained\n"
+
+
 def test_a_program_links_with_cmake_and_statically(user, installed):
     here, environment = user
     (here / "CMakeLists.txt").write_text(PROJECT)
@@ -200,3 +209,158 @@ def test_what_a_program_registers_is_a_file_on_every_mount(two):
         trainer.send_signal(signal.SIGTERM)
         assert trainer.communicate(timeout=30)[0].endswith("ALL DONE\n")
     eventually(lambda: not path.exists())
+
+
+# -- Python
+
+
+@pytest.fixture
+def p2pstore(monkeypatch):
+    """The module, with the library of this build."""
+    monkeypatch.setenv("P2PSTORE_LIBRARY", str(BUILD / "lib/libp2pstore.so"))
+    monkeypatch.syspath_prepend(str(env.SOURCE / "scripts/python"))
+    import p2pstore as module  # pylint: disable=import-outside-toplevel,import-error
+
+    return module
+
+
+@pytest.fixture
+def stores(p2pstore, tmp_path):
+    """Two stores of one cluster."""
+    (tmp_path / "meta").mkdir()
+    url = f"local://{tmp_path}/meta"
+    with p2pstore.Store(url, "a", listen="127.0.0.1:0", read_timeout=5) as a:
+        with p2pstore.Store(url, "b", listen="127.0.0.1:0", read_timeout=5) as b:
+            yield a, b
+
+
+def known(store, name):
+    """Waits until the store has heard of the name."""
+    return eventually(lambda: next((e for e in store.list(name) if e.name == name), None))
+
+
+def test_numpy_arrays_are_pulled_in_place(stores):
+    numpy = pytest.importorskip("numpy")
+    a, b = stores
+    source = [numpy.arange(300007, dtype="int64"), numpy.ones((3, 5), dtype="float32")]
+    source[0].flags.writeable = False
+    target = [numpy.zeros_like(array) for array in source]
+    a.register("arrays", source, max_shard_size=1 << 20)
+    entry = known(b, "arrays")
+    assert entry.sizes == [array.nbytes for array in source] and entry.origin == "a"
+    assert entry.state == "available" and entry.holders == 1
+    b.get_replica("arrays", target)
+    assert all((x == y).all() for x, y in zip(source, target))
+    assert known(b, "arrays").state == "replica"
+    b.delete_replica("arrays")
+    a.unregister("arrays")
+    with pytest.raises(ValueError):
+        b.get_replica("arrays", source)  # read-only
+    with pytest.raises(ValueError):
+        a.register("arrays", numpy.zeros((4, 4)).T)
+
+
+def test_torch_tensors_are_pulled_in_place(stores, p2pstore):
+    torch = pytest.importorskip("torch")
+    a, b = stores
+    source = torch.nn.Linear(400, 300).state_dict()
+    source["half"] = torch.randn(1000).to(torch.bfloat16)
+    source["empty"] = torch.zeros(0)
+    target = {key: torch.zeros_like(tensor) for key, tensor in source.items()}
+    places = {key: tensor.data_ptr() for key, tensor in target.items()}
+    p2pstore.register_state_dict(a, "step-1", source)
+    known(b, "step-1/index.json")
+    p2pstore.load_state_dict(b, "step-1", target)
+    assert all(torch.equal(source[key], target[key]) for key in source)
+    assert places == {key: tensor.data_ptr() for key, tensor in target.items()}
+    with pytest.raises(ValueError, match="4 tensors differ"):
+        p2pstore.load_state_dict(b, "step-1", {"weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="contiguous"):
+        a.register("x", torch.zeros(4, 4).t())
+
+
+def test_errors_carry_an_errno_and_a_sentence(stores, p2pstore):
+    a, b = stores
+    with pytest.raises(p2pstore.Error, match="no such name") as failed:
+        b.get_replica("nothing", bytearray(5))
+    assert failed.value.errno == 2
+    a.register("bytes", bytearray(b"hello"))
+    known(b, "bytes")
+    for wrong, number in ((bytearray(4), 90), (bytearray(6), 90)):
+        with pytest.raises(p2pstore.Error) as failed:
+            b.get_replica("bytes", wrong)
+        assert failed.value.errno == number
+        wrong.append(1)  # let go of: it can be resized again
+    with pytest.raises(p2pstore.Error) as failed:
+        a.register("bytes", bytearray(5))
+    assert failed.value.errno == 17
+    with pytest.raises(p2pstore.Error, match="colour"):
+        p2pstore.Store("local:///tmp", "c", colour="red")
+    target = bytearray(5)
+    b.get_replica("bytes", target)
+    assert target == b"hello"
+    with pytest.raises(BufferError):
+        target.append(1)  # others may read it
+    b.delete_replica("bytes")
+    target.append(1)
+    a.close()
+    with pytest.raises(ValueError, match="closed"):
+        a.list()
+
+
+def test_a_fork_is_told_to_open_its_own(stores, p2pstore):
+    a, _ = stores
+    child = os.fork()
+    if child == 0:
+        try:
+            a.list()
+        except p2pstore.Error as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_requests_show_progress_and_can_be_cancelled(stores, p2pstore):
+    a, b = stores
+    source = bytearray(64 << 20)
+    a.register("zeros", source, max_shard_size=65536)
+    known(b, "zeros")
+    target = bytearray(64 << 20)
+    request = b.get_replica_start("zeros", target)
+    if request.cancel():
+        with pytest.raises(p2pstore.Error):
+            request.wait()
+        target.append(0)
+        target = bytearray(64 << 20)
+        request = b.get_replica_start("zeros", target)
+    request.wait(60)
+    assert request.done() and request.progress() == (64 << 20, 64 << 20)
+
+
+def test_what_cp_registered_is_pulled_by_a_program(node, p2pstore, tmp_path):
+    data = pattern(3 << 20, 5)
+    (tmp_path / "file").write_bytes(data)
+    shutil.copy(tmp_path / "file", node.path("file"))
+    target = bytearray(len(data))
+    with p2pstore.Store(node.meta, "program", listen="127.0.0.1:0") as store:
+        entry = known(store, "file")
+        assert entry.sizes == [len(data)]
+        store.get_replica("file", target)
+        assert target == data
+        with pytest.raises(p2pstore.Error, match="pulled, not registered"):
+            store.unregister("file")
+        eventually(lambda: node.xattr("file", "replicas") == "2")
+
+
+@pytest.mark.limit(150)
+def test_a_state_dict_goes_to_four_inferencers(p2pstore):
+    pytest.importorskip("torch")
+    del p2pstore
+    program = env.SOURCE / "scripts/python/p2pstore-state-dict"
+    said = run(sys.executable, program, "--megabytes", "8")
+    assert said.count("all right") == 4 and said.endswith("ALL DONE\n")
+
+
+def test_the_module_is_installed(installed):
+    assert next(installed.rglob("p2pstore.py")).parent.name == "dist-packages"
+    assert os.access(Path(installed) / "bin/p2pstore-state-dict", os.X_OK)
