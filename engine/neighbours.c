@@ -127,7 +127,7 @@ static void neighbour_take(struct replica *replica, struct neighbour *neighbour,
                           : (uint32_t)(neighbour->node.boot % replica->engine->lane_count);
 }
 
-bool neighbours_choose(struct replica *replica, uint64_t now_ms)
+bool neighbours_choose(struct replica *replica, size_t most, uint64_t now_ms)
 {
     struct neighbours *n = replica->neighbours;
     bool changed = false;
@@ -147,7 +147,8 @@ bool neighbours_choose(struct replica *replica, uint64_t now_ms)
                 candidates[count++] = neighbour;
             }
         }
-        size_t pick = spread_neighbour_choose(near, count, chosen_near, chosen, util_random_u64());
+        size_t pick =
+            spread_neighbour_choose(near, count, chosen_near, chosen, most, util_random_u64());
         if (pick == count) {
             return changed;
         }
@@ -186,7 +187,7 @@ static bool worst_drop(struct neighbours *n, uint64_t now_ms)
         neighbour->received = received;
     }
     size_t drop =
-        count >= SPREAD_NEIGHBOURS_CHOSEN && others ? spread_neighbour_drop(stats, count) : count;
+        count >= SPREAD_NEIGHBOURS_LATER && others ? spread_neighbour_drop(stats, count) : count;
     if (drop == count) {
         return false;
     }
@@ -214,7 +215,7 @@ bool neighbours_review(struct replica *replica, uint64_t now_ms)
         neighbour_forget(n, neighbour);
     }
     changed |= worst_drop(n, now_ms);
-    return neighbours_choose(replica, now_ms) || changed;
+    return neighbours_choose(replica, SPREAD_NEIGHBOURS_LATER, now_ms) || changed;
 }
 
 /* It chose us: as long as there is a place, it is a neighbour. Lock held. */
@@ -243,7 +244,7 @@ bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot, b
     bool changed = false;
     if (replica->neighbours && replica->pulling) {
         neighbours_learn(replica, &live);
-        changed = neighbours_choose(replica, util_now_ms());
+        changed = neighbours_choose(replica, SPREAD_NEIGHBOURS_FIRST, util_now_ms());
         changed |= chose_us && mutual_take(replica, &live);
     }
     pthread_mutex_unlock(&replica->lock);

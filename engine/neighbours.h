@@ -36,8 +36,8 @@ struct neighbour *neighbours_list(const struct replica *replica); /* utlist; NUL
 struct neighbour *neighbours_find(const struct replica *replica, const char *node, uint64_t boot);
 /* A live node has the version, or pulls it. */
 void neighbours_learn(struct replica *replica, const struct model_node *node);
-/* Fills free places. True: something was chosen; the lanes have to be told. */
-bool neighbours_choose(struct replica *replica, uint64_t now_ms);
+/* Fills free places, up to `most`. True: something was chosen; the lanes have to be told. */
+bool neighbours_choose(struct replica *replica, size_t most, uint64_t now_ms);
 /* From time to time: forgets who is not in the catalog any more, and gives up the worst for somebody new. True: as
  * above. */
 bool neighbours_review(struct replica *replica, uint64_t now_ms);

@@ -17,10 +17,10 @@
 #define PULL_LOOK_FIRST_NS \
     250000000ull /* looks for holders: first repeat, then doubling up to the last */
 #define PULL_LOOK_LAST_NS 5000000000ull
-#define PULL_QUIET_NS     500000000ull  /* nothing came for so long: look again */
-#define PULL_REVIEW_NS    1000000000ull /* how often the neighbours are compared */
-#define PULL_LANE_FLOOR   3             /* shards on their way on one lane: at least, */
-#define PULL_LANE_CEILING 16            /* and at most */
+#define PULL_QUIET_NS     500000000ull /* nothing came for so long: look again */
+#define PULL_REVIEW_NS    500000000ull /* how often the neighbours are compared */
+#define PULL_LANE_FLOOR   3            /* shards on their way on one lane: at least, */
+#define PULL_LANE_CEILING 16           /* and at most */
 
 static bool pull_home(const struct pull *pull)
 {
@@ -42,7 +42,7 @@ static void looked(void *arg, int status, const struct model_holder *holders, si
             neighbours_learn(replica, &holders[i].node);
         }
         if (replica->neighbours) {
-            (void)neighbours_choose(replica, util_now_ms());
+            (void)neighbours_choose(replica, SPREAD_NEIGHBOURS_FIRST, util_now_ms());
         }
         replica->holder_count = count;
         replica->looked = true;

@@ -149,6 +149,7 @@ uint32_t slots_patience_ms(const struct slots *slots)
 struct slots_entry {
     uint64_t landed_ms; /* SLOTS_PROMISED: not yet */
     uint32_t to;        /* 0: nobody has got it */
+    uint32_t before;    /* who had landed it before `to` was promised it too; 0: nobody */
 };
 
 struct slots_book {
@@ -193,7 +194,11 @@ void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to)
 {
     struct slots_entry *entry = &book->entries[shard];
     book->fresh -= entry->to == 0;
-    *entry = (struct slots_entry){.landed_ms = SLOTS_PROMISED, .to = to};
+    if (entry->landed_ms != SLOTS_PROMISED) {
+        entry->before = entry->to;
+    }
+    entry->landed_ms = SLOTS_PROMISED;
+    entry->to = to;
 }
 
 void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms,
@@ -206,8 +211,9 @@ void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uin
     if (landed) {
         entry->landed_ms = now_ms;
     } else {
-        entry->to = 0;
-        book->fresh++;
+        entry->to = entry->before;
+        entry->landed_ms = 0; /* long enough ago, or it would not have been promised again */
+        book->fresh += entry->to == 0;
     }
 }
 

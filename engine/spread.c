@@ -323,9 +323,9 @@ unsigned spread_nearness(const char *ours, const char *theirs)
 }
 
 size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
-                               size_t neighbours, uint64_t random)
+                               size_t neighbours, size_t most, uint64_t random)
 {
-    if (neighbours >= SPREAD_NEIGHBOURS_CHOSEN || count == 0) {
+    if (neighbours >= most || count == 0) {
         return count;
     }
     size_t nears = 0;
@@ -333,9 +333,9 @@ size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t 
         nears += candidate_near[i];
     }
     /* Near ones first, but for the places that keep the localities connected. */
-    bool far_wanted = neighbours - near < SPREAD_FAR && nears < count &&
-                      (nears == 0 || random % SPREAD_NEIGHBOURS_CHOSEN < SPREAD_FAR ||
-                       near >= SPREAD_NEIGHBOURS_CHOSEN - SPREAD_FAR);
+    bool far_wanted =
+        neighbours - near < SPREAD_FAR && nears < count &&
+        (nears == 0 || random % SPREAD_NEIGHBOURS_FIRST < SPREAD_FAR || near + SPREAD_FAR >= most);
     size_t eligible = far_wanted || nears == 0 ? count - nears : nears;
     size_t pick = (random >> 8) % eligible;
     for (size_t i = 0; i < count; i++) {

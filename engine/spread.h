@@ -74,19 +74,21 @@ void spread_window_took(struct spread_window *window, uint64_t ns); /* from gran
 
 /* ---- neighbours ---- */
 
-/* A node chooses a few, and takes whoever chose it, so that the newest are followed as well as the oldest: about 16. */
-#define SPREAD_NEIGHBOURS_CHOSEN 8
-#define SPREAD_NEIGHBOURS        24
-#define SPREAD_FAR               2 /* of the chosen, of other localities, when there are near ones enough */
+/* A node chooses a few and takes whoever chose it, so that the newest are followed as well as the oldest; a while later
+ * it chooses more, if it has still few. */
+#define SPREAD_NEIGHBOURS_FIRST 8
+#define SPREAD_NEIGHBOURS_LATER 16
+#define SPREAD_NEIGHBOURS       24
+#define SPREAD_FAR              2 /* of the chosen, of other localities, when there are near ones enough */
 
 /* How near: 2 the same locality ("zone/rack"), 1 the same zone, 0 another or not known. Equal texts without a '/' are
  * the same locality; an empty one is near everybody, so that nodes that say nothing are all alike. */
 unsigned spread_nearness(const char *ours, const char *theirs);
 
-/* Which candidate to choose as the next neighbour, or `count` when there are enough. near: how many of the present
+/* Which candidate to choose as the next neighbour, or `count` when there are `most`. near: how many of the present
  * neighbours are near; neighbours: all of them. */
 size_t spread_neighbour_choose(const bool *candidate_near, size_t count, size_t near,
-                               size_t neighbours, uint64_t random);
+                               size_t neighbours, size_t most, uint64_t random);
 
 struct spread_neighbour {
     bool gone;         /* no link, or it said that it has nothing */

@@ -171,6 +171,10 @@ static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
     slots_book_settle(book, 8, 1, 1000, false); /* it never got there */
     assert_int_equal(slots_book_wait(book, 8, 2, 1000, 300), 0);
     assert_int_equal(slots_book_fresh(book), 99);
+
+    slots_book_promise(book, 7, 2); /* a repeat that comes to nothing: 1 still has it */
+    slots_book_settle(book, 7, 2, 2000, false);
+    assert_int_equal(slots_book_fresh(book), 99);
     slots_book_close(book);
 }
 

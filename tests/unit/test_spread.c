@@ -363,7 +363,7 @@ static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
         for (size_t i = 0; i < 200; i++) {
             near[i] = i % 2;
         }
-        while (count < SPREAD_NEIGHBOURS_CHOSEN) {
+        while (count < SPREAD_NEIGHBOURS_FIRST) {
             bool left[200];
             size_t index[200];
             size_t n = 0;
@@ -373,18 +373,19 @@ static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
                     index[n++] = i;
                 }
             }
-            size_t pick = spread_neighbour_choose(left, n, nears, count, draw());
+            size_t pick =
+                spread_neighbour_choose(left, n, nears, count, SPREAD_NEIGHBOURS_FIRST, draw());
             assert_true(pick < n);
             used[index[pick]] = true;
             nears += near[index[pick]];
             count++;
         }
-        assert_in_range(nears, SPREAD_NEIGHBOURS_CHOSEN - SPREAD_FAR, SPREAD_NEIGHBOURS_CHOSEN);
+        assert_in_range(nears, SPREAD_NEIGHBOURS_FIRST - SPREAD_FAR, SPREAD_NEIGHBOURS_FIRST);
     }
     bool far[3] = {false, false, false};
-    assert_in_range(spread_neighbour_choose(far, 3, 6, 7, draw()), 0, 2); /* nobody else */
-    assert_int_equal(spread_neighbour_choose(far, 3, 6, SPREAD_NEIGHBOURS_CHOSEN, draw()), 3);
-    assert_int_equal(spread_neighbour_choose(far, 0, 0, 0, draw()), 0);
+    assert_in_range(spread_neighbour_choose(far, 3, 6, 7, 8, draw()), 0, 2); /* nobody else */
+    assert_int_equal(spread_neighbour_choose(far, 3, 6, 8, 8, draw()), 3);
+    assert_int_equal(spread_neighbour_choose(far, 0, 0, 0, 8, draw()), 0);
 }
 
 static void the_gone_and_the_idle_make_room_for_others(void **state)
