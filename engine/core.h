@@ -24,8 +24,10 @@ struct core_counters {
     atomic_ullong bytes_received, bytes_served, bytes_written;
     atomic_ullong shards_fetched, shards_served, shards_corrupt, shards_failed;
     atomic_ullong reads_hit, reads_waited, reads_failed, pulls_completed, evictions, links_refused;
-    atomic_ullong asks_refused;  /* answered with BUSY */
-    atomic_ullong shards_hedged; /* asked twice */
+    atomic_ullong asks_refused;                  /* answered with BUSY */
+    atomic_ullong shards_hedged;                 /* asked twice */
+    atomic_ullong asks_busy;                     /* ours that peers answered with BUSY */
+    atomic_ullong queued_ns, wire_ns, verify_ns; /* of all shards that landed */
     atomic_llong grants_open, pulls_running, readers_waiting;
 };
 

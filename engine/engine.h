@@ -209,14 +209,56 @@ struct engine_peer {
     bool connected;
     bool quarantined;
     uint32_t links;
-    uint64_t received; /* bytes of shards from it */
-    uint64_t sent;     /* to it */
-    uint64_t verified; /* shards from it that were right */
-    uint64_t corrupt;  /* shards from it whose digest differed */
-    uint64_t failed;   /* shards that it did not deliver */
+    uint64_t received;           /* bytes of shards from it */
+    uint64_t sent;               /* to it */
+    uint64_t verified;           /* shards from it that were right */
+    uint64_t corrupt;            /* shards from it whose digest differed */
+    uint64_t failed;             /* shards that it did not deliver */
+    uint64_t busy;               /* asks of ours that it answered with BUSY */
+    uint64_t refused;            /* asks of its that were answered with BUSY here */
+    uint64_t rate_down, rate_up; /* bytes a second from and to it, over the last seconds */
+    uint32_t quarantine_s;       /* how long it will still be left alone */
 };
 /* Everybody this node has had to do with since it mounted; malloc'd, the caller frees. */
 int engine_peers(struct engine *engine, struct engine_peer **out, size_t *count);
+
+/* How a shard came here. */
+struct engine_why_shard {
+    const char
+        *node; /* from whom; as long as the engine is open. NULL: it was not pulled, or not yet */
+    const char *transport; /* over what, or NULL */
+    uint64_t queued_ns;    /* from the ask to the grant */
+    uint64_t wire_ns;      /* from the grant to the last byte */
+    uint64_t verify_ns;    /* of hashing, most of it while the rest was still on the wire */
+    uint32_t missed;       /* asks in vain */
+    bool urgent;           /* a reader waited for it */
+    bool hedged;           /* it was asked of two peers */
+    bool present;
+};
+struct engine_why {
+    uint64_t size;
+    uint32_t shard_size;
+    uint32_t count;
+    uint64_t took_ns; /* from the first ask to the last landing */
+    struct engine_why_shard
+        *shards; /* malloc'd, the caller frees; NULL: nothing of it was pulled */
+};
+int engine_why(struct engine *engine, const struct model_id *version,
+               struct engine_why *out); /* -ENOENT: nothing here; -ENOMEM */
+
+/* The pulls that run; malloc'd, the caller frees. */
+struct engine_pull_info {
+    struct model_id version;
+    uint64_t size;
+    uint64_t resident;
+    uint32_t shards;
+    uint32_t shards_present;
+    uint32_t sources;
+    uint32_t waiting; /* reads */
+    bool whole;
+    uint64_t running_ns;
+};
+int engine_pulls(struct engine *engine, struct engine_pull_info **out, size_t *count);
 
 struct engine_stats { /* gauges, then counters since the mount */
     uint64_t cache_limit, cache_used;
@@ -225,12 +267,15 @@ struct engine_stats { /* gauges, then counters since the mount */
     uint64_t bytes_received, bytes_served, bytes_written;
     uint64_t shards_fetched, shards_served, shards_corrupt, shards_failed;
     uint64_t reads_hit, reads_waited, reads_failed, pulls_completed, evictions;
-    uint64_t asks_refused;   /* peers' asks that were answered with BUSY */
-    uint64_t shards_hedged;  /* asked of a second peer, since the first was slow */
-    uint64_t links_refused;  /* handshakes that failed */
-    const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
-    const char *storage_why; /* why not huge tmpfs, or "" */
-    const char *loop;        /* "io_uring" or "epoll" */
+    uint64_t asks_refused;                  /* peers' asks that were answered with BUSY */
+    uint64_t shards_hedged;                 /* asked of a second peer, since the first was slow */
+    uint64_t links_refused;                 /* handshakes that failed */
+    uint64_t asks_busy;                     /* asks of ours that peers answered with BUSY */
+    uint64_t quarantines;                   /* times that a peer was left alone for what it sent */
+    uint64_t queued_ns, wire_ns, verify_ns; /* of shards that landed, as in engine_why, summed up */
+    const char *storage;                    /* "huge tmpfs", "memfd", "cache_dir" */
+    const char *storage_why;                /* why not huge tmpfs, or "" */
+    const char *loop;                       /* "io_uring" or "epoll" */
     unsigned lanes;
 };
 void engine_stats(struct engine *engine, struct engine_stats *out);

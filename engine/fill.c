@@ -7,6 +7,7 @@
 
 #include "engine/extents.h"
 #include "engine/lent.h"
+#include "engine/trace.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -31,6 +32,7 @@ struct fill {
     uint64_t asked_ns;
     uint64_t granted_ns; /* 0: it waits */
     uint64_t progress_ns;
+    uint64_t verify_ns; /* spent on hashing */
     struct fill *prev, *next;
 };
 
@@ -210,6 +212,13 @@ static void fill_scatter(struct fill *fill)
     }
 }
 
+static void fill_hash(struct fill *fill)
+{
+    uint64_t begun = util_now_ns();
+    digest_shard_advance(&fill->hash, fill->request.fetch.landed);
+    fill->verify_ns += util_now_ns() - begun;
+}
+
 static void fill_landed(struct request *request)
 {
     struct fill *fill = fill_of(request);
@@ -217,7 +226,7 @@ static void fill_landed(struct request *request)
     fill->progress_ns = now;
     fill->source->progress_ns = now;
     fill->source->pull->replica->progress_ns = now;
-    digest_shard_advance(&fill->hash, request->fetch.landed);
+    fill_hash(fill);
     fill_scatter(fill);
     (void)fill_populate(fill); /* a failure shows when the bytes come */
 }
@@ -225,7 +234,7 @@ static void fill_landed(struct request *request)
 static bool fill_verify(struct fill *fill)
 {
     uint8_t digest[MODEL_DIGEST_MAX];
-    digest_shard_advance(&fill->hash, fill->request.fetch.length);
+    fill_hash(fill);
     fill_scatter(fill);
     digest_shard_finish(&fill->hash, digest);
     return memcmp(digest, fill->expected, fill->source->pull->replica->digest->size) == 0;
@@ -240,6 +249,14 @@ static int fill_take(struct fill *fill)
     spread_window_took(&pull->window, took);
     pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
     source_praise(fill->source);
+    trace_landed(replica, fill->request.shard,
+                 &(struct trace_landing){.peer = supplier_peer(fill->source->attachment.supplier),
+                                         .transport = pull->lane->transport->ops->name,
+                                         .queued_ns = fill->granted_ns - fill->asked_ns,
+                                         .wire_ns = took,
+                                         .verify_ns = fill->verify_ns,
+                                         .urgent = fill->request.urgent,
+                                         .hedged = fill->twin || fill->apart});
     if (fill->twin) {
         fill_cancel(fill->twin); /* from here on nobody else writes there */
     }
@@ -267,6 +284,9 @@ static void fill_ended(struct request *request, int status, uint32_t retry_ms)
         source_busy(source, shard, retry_ms);
     } else {
         source_blame(source, status);
+    }
+    if (status < 0) {
+        trace_missed(replica, shard);
     }
     bool twin = fill->twin;
     fill_free(fill);
@@ -373,6 +393,9 @@ static bool fill_stalled(struct fill *fill, uint64_t now_ns)
         if (other) {
             source->busy_until_ns = now_ns + FILL_LEFT_NS * source->failures;
         }
+    }
+    if (blamed) {
+        trace_missed(replica, shard);
     }
     bool twin = fill->twin;
     fill_cancel(fill);

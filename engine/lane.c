@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <utlist.h>
 
+#include "engine/peers.h"
 #include "engine/pull.h"
 #include "engine/serve.h"
 #include "engine/storage.h"
@@ -26,6 +27,7 @@ static void tick(struct loop_timer *timer)
     if (lane->index == 0 && now - lane->trimmed_ns > LANE_TRIM_NS) {
         lane->trimmed_ns = now;
         storage_trim(lane->engine->storage, UINT64_MAX);
+        peers_sample(lane->engine->peers, now);
     }
     (void)loop_timer_set(lane->loop, &lane->tick, LANE_TICK_MS * 1000000ull);
 }

@@ -32,7 +32,8 @@ struct lane {
 };
 
 #define LANE_TICK_MS 50
-#define LANE_TRIM_NS 1000000000ull /* how often lane 0 looks for spare memory to give back */
+#define LANE_TRIM_NS \
+    1000000000ull /* how often lane 0 gives spare memory back, and takes the rates of peers */
 
 int lane_open(struct engine *engine, unsigned index, struct lane **lane);
 int lane_start(struct lane *lane); /* starts the thread */

@@ -16,7 +16,10 @@
 
 struct peers {
     pthread_mutex_t lock;
-    struct peer *table; /* uthash by node */
+    struct peer *table;     /* uthash by node */
+    struct peer **numbered; /* by number - 1; malloc'd */
+    size_t room;
+    uint64_t sampled_ns;
 };
 
 int peers_open(struct peers **peers)
@@ -43,7 +46,32 @@ void peers_close(struct peers *peers)
         free(peer);
     }
     pthread_mutex_destroy(&peers->lock);
+    free(peers->numbered);
     free(peers);
+}
+
+/* A new one in the table. NULL: out of memory. Lock held. */
+static struct peer *peer_add(struct peers *peers, const char *node)
+{
+    size_t count = HASH_COUNT(peers->table);
+    if (count == peers->room) {
+        size_t room = peers->room ? peers->room * 2 : 64;
+        struct peer **grown = reallocarray(peers->numbered, room, sizeof(struct peer *));
+        if (!grown) {
+            return NULL;
+        }
+        peers->numbered = grown;
+        peers->room = room;
+    }
+    struct peer *peer = calloc(1, sizeof *peer);
+    if (!peer) {
+        return NULL;
+    }
+    snprintf(peer->node, sizeof peer->node, "%s", node);
+    peers->numbered[count] = peer;
+    peer->number = (uint32_t)count + 1;
+    HASH_ADD_STR(peers->table, node, peer);
+    return peer;
 }
 
 struct peer *peers_get(struct peers *peers, const char *node, const char *address)
@@ -53,11 +81,7 @@ struct peer *peers_get(struct peers *peers, const char *node, const char *addres
     HASH_FIND_STR(peers->table, node, peer);
     if (!peer) {
         bool room = address || HASH_COUNT(peers->table) < PEERS_STRANGERS_MAX;
-        peer = room ? calloc(1, sizeof *peer) : NULL;
-        if (peer) {
-            snprintf(peer->node, sizeof peer->node, "%s", node);
-            HASH_ADD_STR(peers->table, node, peer);
-        }
+        peer = room ? peer_add(peers, node) : NULL;
     }
     if (peer && address) {
         snprintf(peer->address, sizeof peer->address, "%s", address);
@@ -66,8 +90,48 @@ struct peer *peers_get(struct peers *peers, const char *node, const char *addres
     return peer;
 }
 
+struct peer *peers_numbered(struct peers *peers, uint32_t number)
+{
+    pthread_mutex_lock(&peers->lock);
+    bool known = number > 0 && number <= HASH_COUNT(peers->table);
+    struct peer *peer = known ? peers->numbered[number - 1] : NULL;
+    pthread_mutex_unlock(&peers->lock);
+    return peer;
+}
+
+/* Half of it is the newest second. */
+static void rate_take(uint64_t *rate, uint64_t *before, uint64_t now, uint64_t span_ns)
+{
+    *rate = *rate / 2 + (now - *before) * 500000 / (span_ns / 1000 + 1);
+    *before = now;
+}
+
+void peers_sample(struct peers *peers, uint64_t now_ns)
+{
+    pthread_mutex_lock(&peers->lock);
+    uint64_t span = now_ns - peers->sampled_ns;
+    for (struct peer *peer = peers->table; peer && span > 0; peer = peer->hh.next) {
+        rate_take(&peer->rate_down, &peer->sampled_received, atomic_load(&peer->received), span);
+        rate_take(&peer->rate_up, &peer->sampled_sent, atomic_load(&peer->sent), span);
+    }
+    peers->sampled_ns = now_ns;
+    pthread_mutex_unlock(&peers->lock);
+}
+
+uint64_t peers_quarantines(struct peers *peers)
+{
+    uint64_t sum = 0;
+    pthread_mutex_lock(&peers->lock);
+    for (struct peer *peer = peers->table; peer; peer = peer->hh.next) {
+        sum += atomic_load(&peer->struck);
+    }
+    pthread_mutex_unlock(&peers->lock);
+    return sum;
+}
+
 void peer_strike(struct peer *peer)
 {
+    atomic_fetch_add(&peer->struck, 1);
     atomic_fetch_add(&peer->corrupt, 1);
     uint32_t strikes = atomic_fetch_add(&peer->strikes, 1) + 1;
     uint32_t ms = spread_backoff_ms(strikes, PEERS_QUARANTINE_FIRST_MS, PEERS_QUARANTINE_LAST_MS,
@@ -99,6 +163,7 @@ int peers_list(struct peers *peers, const char *transport, struct engine_peer **
         return -ENOMEM;
     }
     n = 0;
+    uint64_t now = util_now_ns();
     for (struct peer *peer = peers->table; peer; peer = peer->hh.next) {
         struct engine_peer *to = &list[n++];
         snprintf(to->node, sizeof to->node, "%s", peer->node);
@@ -112,6 +177,12 @@ int peers_list(struct peers *peers, const char *transport, struct engine_peer **
         to->verified = atomic_load(&peer->verified);
         to->corrupt = atomic_load(&peer->corrupt);
         to->failed = atomic_load(&peer->failed);
+        to->busy = atomic_load(&peer->busy);
+        to->refused = atomic_load(&peer->refused);
+        to->rate_down = peer->rate_down;
+        to->rate_up = peer->rate_up;
+        uint64_t until = atomic_load(&peer->quarantined_until_ns);
+        to->quarantine_s = until > now ? (uint32_t)((until - now) / 1000000000 + 1) : 0;
     }
     pthread_mutex_unlock(&peers->lock);
     *out = list;

@@ -12,6 +12,12 @@ struct peer {
     char node[MODEL_NODE_MAX + 1];
     char address[MODEL_ADDRESS_MAX + 1]; /* the table's lock */
     UT_hash_handle hh;
+    uint32_t number;                         /* from 1 on, in order of appearance */
+    atomic_uint struck;                      /* times that it was quarantined */
+    atomic_ullong busy;                      /* asks of ours that it answered with BUSY */
+    atomic_ullong refused;                   /* asks of its that were answered so here */
+    uint64_t sampled_received, sampled_sent; /* rates: the table's lock */
+    uint64_t rate_down, rate_up;
     atomic_ullong received, sent, verified, corrupt, failed;
     atomic_uint links;
     atomic_uint strikes; /* corrupt shards in a row */
@@ -25,6 +31,11 @@ void peers_close(struct peers *peers);
 /* The peer of that name, made when new; address NULL: it has called, under a name that the metadata may not know. NULL:
  * out of memory, or one caller too many. */
 struct peer *peers_get(struct peers *peers, const char *node, const char *address);
+/* The peer of that number, or NULL. */
+struct peer *peers_numbered(struct peers *peers, uint32_t number);
+/* Takes the rates of all, about once a second. */
+void peers_sample(struct peers *peers, uint64_t now_ns);
+uint64_t peers_quarantines(struct peers *peers);
 /* A shard from it was wrong: leave it alone for 30 s, then 60 s, ... at most 10 min. */
 void peer_strike(struct peer *peer);
 void peer_praise(struct peer *peer); /* a shard from it was right */

@@ -14,6 +14,7 @@
 #include "engine/lane.h"
 #include "engine/neighbours.h"
 #include "engine/storage.h"
+#include "engine/trace.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -73,6 +74,7 @@ void replica_put(struct replica *replica)
     crowd_free(replica->crowd);
     slots_book_close(replica->book);
     free(replica->reason);
+    trace_free(replica->trace);
     free(replica->digests);
     free(replica->known);
     free((void *)replica->states);

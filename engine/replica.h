@@ -30,6 +30,7 @@ enum replica_phase {
 struct neighbours;
 struct crowd;
 struct slots_book;
+struct trace;
 struct draft; /* what only a draft needs; draft.c */
 struct extents;
 
@@ -93,6 +94,7 @@ struct replica {
         changes; /* grows with every shard and digest, so that sessions know when to speak */
     struct crowd *crowd;     /* who pulls it from here; NULL: nobody yet */
     struct slots_book *book; /* what was handed out to whom; NULL: nothing yet */
+    struct trace *trace;     /* how its shards came; NULL: none was pulled */
     struct draft *draft;     /* DRAFT and SEALING only */
 };
 

@@ -69,6 +69,7 @@ static void busy_send(struct session *s, uint32_t request, uint32_t retry_ms,
                                 .count = count,
                                 .shards = shards};
     atomic_fetch_add(&s->lane->engine->counters.asks_refused, 1);
+    atomic_fetch_add(&s->peer->refused, 1);
     (void)serve_send(s, &busy);
 }
 

@@ -60,6 +60,8 @@ void source_blame(struct source *source, int status)
 void source_busy(struct source *source, uint32_t shard, uint32_t retry_ms)
 {
     uint64_t until = loop_now_ns(source->pull->lane->loop) + retry_ms * 1000000ull;
+    atomic_fetch_add(&supplier_peer(source->attachment.supplier)->busy, 1);
+    atomic_fetch_add(&source->pull->lane->engine->counters.asks_busy, 1);
     if (!source->complete) {
         source->busy_until_ns = until;
         return;

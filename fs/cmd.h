@@ -33,6 +33,7 @@ int cmd_ask(const char *root, const char *request, char **answer);
 int cmd_exchange(const char *root, const char *request, char **answer, size_t *length);
 
 extern const struct cmd cmd_doctor, cmd_evict, cmd_help, cmd_info, cmd_limit, cmd_ls, cmd_peers,
-    cmd_pin, cmd_pull, cmd_register, cmd_status, cmd_unpin, cmd_unregister, cmd_version, cmd_wait;
+    cmd_pin, cmd_pull, cmd_register, cmd_status, cmd_top, cmd_unpin, cmd_unregister, cmd_version,
+    cmd_wait, cmd_why;
 
 #endif

@@ -50,6 +50,9 @@ int cmd_run_each(const struct cmd *cmd, int argc, char **argv);
 int cmd_run_report(const struct cmd *cmd, int argc, char **argv,
                    int (*print)(const struct json *answer));
 
+/* A peer's state in words, as control_peers_put has it. */
+const char *cmd_peer_state(const struct json *peer);
+
 /* ---- output ---- */
 
 /* A name from JSON as bytes, with '?' for control characters when `out` is a terminal. */

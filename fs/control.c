@@ -404,6 +404,8 @@ static void op_peers(struct control_call *call)
 static const struct op ops[] = {
     {.name = "status", .run = op_status},
     {.name = "peers", .run = op_peers},
+    {.name = "why", .run = control_op_why},
+    {.name = "top", .run = control_op_top},
     {.name = "ls", .run = control_op_ls},
     {.name = "info", .run = control_op_info},
     {.name = "register", .changes = true, .run = control_op_register},

@@ -73,6 +73,8 @@ int control_walk(struct control *control, const struct model_entry *top, const c
 const char *control_why(int error);
 
 void control_status_put(struct control *control, struct json_out *out);
+/* How many live nodes there are besides this one. */
+uint64_t control_peers_live(const struct house *house);
 void control_peers_put(struct control *control, struct json_out *out);
 char *control_metrics(struct control *control, size_t *length);
 
@@ -82,6 +84,8 @@ void control_op_register(struct control_call *call);
 void control_op_unregister(struct control_call *call);
 void control_op_evict(struct control_call *call);
 void control_op_limit(struct control_call *call);
+void control_op_why(struct control_call *call);
+void control_op_top(struct control_call *call);
 void control_op_pin(struct control_call *call);
 void control_op_unpin(struct control_call *call);
 void control_op_pull(struct control_call *call);

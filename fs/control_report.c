@@ -1,4 +1,3 @@
-#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,19 +9,10 @@
 #include "meta/base/util.h"
 #include "p2pfs_config.h"
 
-struct metric {
-    const char *name;
-    const char *type; /* "gauge" or "counter" */
-    const char *help;
-    size_t offset; /* of a uint64_t in struct engine_stats */
-};
-#define ENGINE_METRICS 20
-static const struct metric engine_metrics[ENGINE_METRICS];
-
 /* ---- status ---- */
 
 /* How many live nodes there are besides this one. */
-static uint64_t peers_live(const struct house *house)
+uint64_t control_peers_live(const struct house *house)
 {
     struct model_node *nodes = NULL;
     size_t count = 0;
@@ -65,7 +55,7 @@ static void status_meta(const struct house *house, struct json_out *out)
     json_put_u64(out, "dirs", totals.dirs);
     json_put_u64(out, "symlinks", totals.symlinks);
     json_put_u64(out, "bytes", totals.bytes);
-    json_put_u64(out, "peers_live", peers_live(house));
+    json_put_u64(out, "peers_live", control_peers_live(house));
 }
 
 static void status_engine(const struct house *house, struct json_out *out)
@@ -135,6 +125,11 @@ static void peer_put(struct json_out *out, const struct model_node *node,
     json_put_u64(out, "verified", peer ? peer->verified : 0);
     json_put_u64(out, "corrupt", peer ? peer->corrupt : 0);
     json_put_u64(out, "failed", peer ? peer->failed : 0);
+    json_put_u64(out, "busy", peer ? peer->busy : 0);
+    json_put_u64(out, "refused", peer ? peer->refused : 0);
+    json_put_u64(out, "rate_down", peer ? peer->rate_down : 0);
+    json_put_u64(out, "rate_up", peer ? peer->rate_up : 0);
+    json_put_u64(out, "quarantine_s", peer ? peer->quarantine_s : 0);
     json_end(out);
 }
 
@@ -174,159 +169,3 @@ free_lists:
     free(nodes);
     free(known);
 }
-
-/* ---- metrics: Prometheus text exposition format 0.0.4 ---- */
-
-static void sample(FILE *out, const char *name, const char *type, const char *help, uint64_t value)
-{
-    fprintf(out, "# HELP p2pfs_%s %s\n# TYPE p2pfs_%s %s\np2pfs_%s %llu\n", name, help, name, type,
-            name, (unsigned long long)value);
-}
-
-static void label_put(FILE *out, const char *name, const char *value)
-{
-    fprintf(out, "%s=\"", name);
-    for (; *value; value++) {
-        if (*value == '"' || *value == '\\')
-            fputc('\\', out);
-        if (*value == '\n')
-            fputs("\\n", out);
-        else
-            fputc(*value, out);
-    }
-    fputc('"', out);
-}
-
-static void metrics_info(FILE *out, const struct house *house, const struct engine_stats *stats)
-{
-    fputs("# HELP p2pfs_info What this mount is; always 1.\n# TYPE p2pfs_info gauge\np2pfs_info{",
-          out);
-    label_put(out, "version", P2PFS_VERSION);
-    fputc(',', out);
-    label_put(out, "node", house->options.node);
-    fputc(',', out);
-    label_put(out, "backend", catalog_backend(house->catalog));
-    fputc(',', out);
-    label_put(out, "storage", stats->storage);
-    fputc(',', out);
-    label_put(out, "loop", stats->loop);
-    fputs("} 1\n", out);
-}
-
-static void metrics_catalog(FILE *out, const struct house *house)
-{
-    uint64_t since_ms;
-    struct catalog_totals totals = {0};
-    catalog_totals(house->catalog, &totals);
-    sample(out, "uptime_seconds", "gauge", "Seconds since the mount began to serve.",
-           (util_now_ms() - house->started_ms) / 1000);
-    sample(out, "metadata_online", "gauge", "1 while the metadata service answers.",
-           catalog_online(house->catalog, &since_ms));
-    sample(out, "peers_live", "gauge", "Live nodes besides this one.", peers_live(house));
-    sample(out, "files", "gauge", "Registered files in the cluster.", totals.files);
-    sample(out, "directories", "gauge", "Directories in the cluster.", totals.dirs);
-    sample(out, "symlinks", "gauge", "Symbolic links in the cluster.", totals.symlinks);
-    sample(out, "registered_bytes", "gauge", "Bytes of all versions that have a name.",
-           totals.bytes);
-}
-
-struct peer_metric {
-    const char *name;
-    const char *help;
-    size_t offset; /* of a uint64_t in struct engine_peer */
-};
-#define PEER_METRICS 5
-static const struct peer_metric peer_metrics[PEER_METRICS];
-
-static void metrics_peers(FILE *out, const struct house *house)
-{
-    struct engine_peer *known = NULL;
-    size_t count = 0;
-    if (engine_peers(house->engine, &known, &count) < 0)
-        return;
-    for (size_t m = 0; m < PEER_METRICS && count > 0; m++) {
-        const struct peer_metric *metric = &peer_metrics[m];
-        fprintf(out, "# HELP p2pfs_%s %s\n# TYPE p2pfs_%s counter\n", metric->name, metric->help,
-                metric->name);
-        for (size_t i = 0; i < count; i++) {
-            uint64_t value;
-            memcpy(&value, (const char *)&known[i] + metric->offset, sizeof(value));
-            fprintf(out, "p2pfs_%s{", metric->name);
-            label_put(out, "peer", known[i].node);
-            fprintf(out, "} %llu\n", (unsigned long long)value);
-        }
-    }
-    free(known);
-}
-
-char *control_metrics(struct control *control, size_t *length)
-{
-    char *text = NULL;
-    FILE *out = open_memstream(&text, length);
-    if (!out)
-        return NULL;
-    struct engine_stats stats;
-    engine_stats(control->house->engine, &stats);
-    metrics_info(out, control->house, &stats);
-    metrics_catalog(out, control->house);
-    sample(out, "lanes", "gauge", "Lanes (threads with links and pulls).", stats.lanes);
-    for (size_t i = 0; i < ENGINE_METRICS; i++) {
-        uint64_t value;
-        memcpy(&value, (const char *)&stats + engine_metrics[i].offset, sizeof(value));
-        sample(out, engine_metrics[i].name, engine_metrics[i].type, engine_metrics[i].help, value);
-    }
-    metrics_peers(out, control->house);
-    if (fclose(out) != 0) {
-        free(text);
-        return NULL;
-    }
-    return text;
-}
-
-/* Every number of struct engine_stats. */
-#define GAUGE(field, metric, words) \
-    {.name = (metric),              \
-     .type = "gauge",               \
-     .help = (words),               \
-     .offset = offsetof(struct engine_stats, field)}
-#define COUNTER(field, metric, words) \
-    {.name = (metric),                \
-     .type = "counter",               \
-     .help = (words),                 \
-     .offset = offsetof(struct engine_stats, field)}
-
-static const struct metric engine_metrics[ENGINE_METRICS] = {
-    GAUGE(cache_limit, "cache_limit_bytes", "What replicas may occupy (cache_size=)."),
-    GAUGE(cache_used, "cache_used_bytes", "What replicas occupy now."),
-    GAUGE(replicas, "replicas", "Versions with bytes on this node."),
-    GAUGE(replicas_complete, "replicas_complete", "Versions that are here completely."),
-    GAUGE(pulls_running, "pulls_running", "Versions that are being pulled."),
-    GAUGE(readers_waiting, "readers_waiting", "Reads that wait for bytes."),
-    GAUGE(grants_open, "grants_open", "Shards that peers are reading here now."),
-    COUNTER(bytes_received, "received_bytes_total", "Bytes of shards received from peers."),
-    COUNTER(bytes_served, "served_bytes_total", "Bytes of shards sent to peers."),
-    COUNTER(bytes_written, "written_bytes_total", "Bytes written into the mount."),
-    COUNTER(shards_fetched, "shards_fetched_total", "Shards received and verified."),
-    COUNTER(shards_served, "shards_served_total", "Shards sent to peers."),
-    COUNTER(shards_corrupt, "shards_corrupt_total", "Shards whose digest differed."),
-    COUNTER(shards_failed, "shards_failed_total", "Fetches of shards that failed."),
-    COUNTER(reads_hit, "reads_hit_total", "Reads answered at once."),
-    COUNTER(reads_waited, "reads_waited_total", "Reads that waited for bytes."),
-    COUNTER(reads_failed, "reads_failed_total", "Reads that failed."),
-    COUNTER(pulls_completed, "pulls_completed_total", "Versions that became complete by a pull."),
-    COUNTER(evictions, "evictions_total", "Replicas dropped to make room or on request."),
-    COUNTER(links_refused, "links_refused_total", "Handshakes with peers that failed."),
-};
-
-static const struct peer_metric peer_metrics[PEER_METRICS] = {
-    {"peer_received_bytes_total", "Bytes of shards received from the peer.",
-     offsetof(struct engine_peer, received)},
-    {"peer_sent_bytes_total", "Bytes of shards sent to the peer.",
-     offsetof(struct engine_peer, sent)},
-    {"peer_shards_verified_total", "Shards from the peer that were right.",
-     offsetof(struct engine_peer, verified)},
-    {"peer_shards_corrupt_total", "Shards from the peer whose digest differed.",
-     offsetof(struct engine_peer, corrupt)},
-    {"peer_shards_failed_total", "Shards that the peer did not deliver.",
-     offsetof(struct engine_peer, failed)},
-};

@@ -18,6 +18,7 @@ struct parking;
 struct through;
 struct opened;
 struct control;
+struct exporter;
 struct fuse_session;
 struct work;
 
@@ -30,6 +31,7 @@ struct house {
     struct parking *parking;   /* reads that wait */
     struct through *through;   /* files that the kernel reads by itself */
     struct control *control;
+    struct exporter *exporter; /* metrics over HTTP; or NULL */
     struct fuse_session *session;
     struct work *chores; /* what may wait for a local disk or for this very mount */
     /* Invalidations: they may wait for requests of this mount, so nothing else queues here. */

@@ -19,6 +19,7 @@
 #include "engine/work.h"
 #include "fs/cmd.h"
 #include "fs/control.h"
+#include "fs/exporter.h"
 #include "fs/fresh.h"
 #include "fs/house.h"
 #include "fs/inode.h"
@@ -206,8 +207,11 @@ static int open_files(struct house *house, const struct model_attr *root)
         rc = work_open(MAIN_CHORES, &house->chores);
     if (rc == 0)
         rc = control_open(house, &house->control);
+    char *why = NULL;
+    if (rc == 0 && house->options.metrics)
+        rc = exporter_open(house->control, house->options.metrics, &house->exporter, &why);
     if (rc != 0)
-        complain("starting", rc, NULL);
+        complain("starting", rc, why);
     return rc;
 }
 
@@ -228,6 +232,7 @@ static void quiet_files(struct house *house)
     fresh_files_shut(house->fresh);
     parking_clear(house->parking);
     session_unmount(house);
+    exporter_close(house->exporter);
     control_close(house->control);
     work_close(house->chores);
     pthread_mutex_lock(&house->gate);

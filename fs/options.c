@@ -15,6 +15,7 @@
 #include "fs/memory.h"
 #include "meta/base/util.h"
 #include "meta/meta.h"
+#include "p2pfs_config.h"
 
 #define OPTIONS_READ_TIMEOUT 60
 #define OPTIONS_ORPHAN_TTL   3600
@@ -257,6 +258,19 @@ static int set_locality(struct options_parse *p)
     if (!valid)
         return refuse(p->error, "locality=%s: write ZONE or ZONE/RACK", p->value);
     return text_set(&p->out->locality, p->value);
+}
+
+static int set_metrics(struct options_parse *p)
+{
+    if (!P2PFS_HAVE_MICROHTTPD)
+        return refuse(p->error,
+                      "metrics=%s: this build has no libmicrohttpd; read .p2pfs/metrics in the "
+                      "mount, or build with libmicrohttpd-dev",
+                      p->value);
+    if (!address_valid(p->value, false))
+        return refuse(p->error, "metrics=%s: not an address; write ADDR:PORT or [IPV6]:PORT",
+                      p->value);
+    return text_set(&p->out->metrics, p->value);
 }
 
 static int set_log_level(struct options_parse *p)
@@ -533,6 +547,7 @@ void options_clear(struct options *options)
     free(options->credentials);
     free(options->secret_file);
     free(options->locality);
+    free(options->metrics);
     free(options->fuse);
     *options = (struct options){0};
 }
@@ -635,8 +650,8 @@ const struct options_entry options_table[] = {
      .set = set_locality},
     {.name = "metrics",
      .argument = "ADDR:PORT",
-     .summary = "serve metrics over HTTP",
-     .refused = "this build serves no HTTP; read .p2pfs/metrics in the mount"},
+     .summary = "serve .p2pfs/metrics over HTTP there (default: no HTTP)",
+     .set = set_metrics},
     {.name = "log_level",
      .argument = "LEVEL",
      .summary = "error, warn, info (default) or debug",

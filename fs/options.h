@@ -32,6 +32,7 @@ struct options {
     char *credentials;
     char *secret_file;
     char *locality;
+    char *metrics; /* ADDR:PORT, or NULL */
     enum log_level log_level;
     bool allow_other;
     bool default_permissions;

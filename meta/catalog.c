@@ -342,6 +342,42 @@ uint32_t catalog_version_names(struct catalog *c, const struct model_id *id)
     return names;
 }
 
+/* The path of an entry of one of the versions, where none is known yet. Read lock held. */
+static int version_path_note(const struct tree *tree, const struct tree_entry *entry,
+                             const struct model_id *ids, size_t count, char **paths)
+{
+    for (size_t i = 0; i < count; i++) {
+        if (paths[i] || !model_id_equal(&entry->version->id, &ids[i]))
+            continue;
+        size_t room = tree_path_length(tree, entry->id) + 1;
+        char *path = malloc(room);
+        if (!path)
+            return -ENOMEM;
+        if (tree_path(tree, entry->id, path, room) == 0)
+            paths[i] = path;
+        else
+            free(path); /* in a tree that has no name yet */
+    }
+    return 0;
+}
+
+int catalog_version_paths(struct catalog *c, const struct model_id *ids, size_t count, char **paths)
+{
+    int rc = 0;
+    memset(paths, 0, count * sizeof(*paths));
+    tree_read_lock(c->tree);
+    for (const struct tree_entry *e = c->tree->entries; rc == 0 && count > 0 && e;
+         e = e->by_name.next)
+        if (e->kind == MODEL_FILE && e->version)
+            rc = version_path_note(c->tree, e, ids, count, paths);
+    tree_unlock(c->tree);
+    for (size_t i = 0; rc < 0 && i < count; i++) {
+        free(paths[i]);
+        paths[i] = NULL;
+    }
+    return rc;
+}
+
 int catalog_node(struct catalog *c, const char *name, struct model_node *out)
 {
     tree_read_lock(c->tree);
@@ -389,6 +425,14 @@ bool catalog_online(struct catalog *c, uint64_t *since_ms)
         *since_ms = c->since_ms;
     pthread_mutex_unlock(&c->mutex);
     return online;
+}
+
+uint64_t catalog_outages(struct catalog *c)
+{
+    pthread_mutex_lock(&c->mutex);
+    uint64_t outages = c->outages;
+    pthread_mutex_unlock(&c->mutex);
+    return outages;
 }
 
 const char *catalog_backend(struct catalog *c)

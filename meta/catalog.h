@@ -72,6 +72,10 @@ int catalog_registered(struct catalog *catalog, const char *node, catalog_versio
                        void *arg);
 /* How many names lead to a version. */
 uint32_t catalog_version_names(struct catalog *catalog, const struct model_id *id);
+/* A path below the root of each of these versions, malloc'd; NULL: no name leads there. One look at every entry, for the
+ * few that a person wants to see named. -ENOMEM. */
+int catalog_version_paths(struct catalog *catalog, const struct model_id *ids, size_t count,
+                          char **paths);
 /* A live node by name. 0, -ENOENT. */
 int catalog_node(struct catalog *catalog, const char *name, struct model_node *out);
 /* All live nodes, this one included, malloc'd, caller frees. */
@@ -95,6 +99,7 @@ struct catalog_totals {
 void catalog_totals(struct catalog *catalog, struct catalog_totals *out);
 /* Whether the service answers now, and since when (CLOCK_MONOTONIC ms) it has not. */
 bool catalog_online(struct catalog *catalog, uint64_t *since_ms);
+uint64_t catalog_outages(struct catalog *catalog);    /* how often it stopped answering so far */
 const char *catalog_backend(struct catalog *catalog); /* "local", ... */
 bool catalog_single_machine(struct catalog *catalog);
 

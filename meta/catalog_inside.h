@@ -110,6 +110,7 @@ struct catalog {
     bool detached; /* the thread frees the catalog when it ends */
     bool online;
     uint64_t since_ms; /* when it went offline */
+    uint64_t outages;
 
     /* the catalog's thread only, from here on */
     int failed; /* the store does not answer, with this error; 0: it does */

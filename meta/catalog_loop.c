@@ -35,6 +35,7 @@ static void loop_set_online(struct catalog *c, bool online)
     c->online = online;
     if (changed)
         c->since_ms = now;
+    c->outages += changed && !online;
     pthread_mutex_unlock(&c->mutex);
     if (changed && online)
         log_info("metadata %s: back after %.1f s", c->backend, (double)away / 1000);
