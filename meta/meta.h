@@ -20,6 +20,7 @@
 
 #define META_DEADLINE_MS 3000
 #define META_URL_MAX     4096
+#define META_TXN_MAX     128 /* etcd's --max-txn-ops, as it is by default */
 
 struct meta_store;
 
@@ -46,8 +47,8 @@ struct meta_write {
         lease; /* META_PUT: 0, or a lease with which the key disappears; -ENOENT: it has ended */
 };
 
-/* All compares hold and all writes happen, or nothing happens (-EAGAIN). Borrowed until return. At most 64 compares
- * and 64 writes; a key is written at most once. */
+/* All compares hold and all writes happen, or nothing happens (-EAGAIN). Borrowed until return. At most META_TXN_MAX
+ * compares and as many writes; a key is written at most once. */
 struct meta_txn {
     const struct meta_compare *compares;
     size_t compare_count;

@@ -34,11 +34,11 @@ static const char *redis_action(enum meta_action action);
 static int redis_txn(struct meta_store *store, struct meta_txn *txn)
 {
     struct redis *s = redis_of(store);
-    char numbers[2 + 128][24];
+    char numbers[2 + 2 * META_TXN_MAX][24];
     const char *words[REDIS_ARGS];
     int used = 0;
     int number = 0;
-    if (txn->compare_count > 64 || txn->write_count > 64)
+    if (txn->compare_count > META_TXN_MAX || txn->write_count > META_TXN_MAX)
         return -EINVAL;
     words[used++] = "txn";
     snprintf(numbers[number], sizeof(numbers[0]), "%zu", txn->compare_count);
@@ -319,7 +319,8 @@ static bool redis_name_fits(const char *name)
 
 static int redis_malformed(const char *what)
 {
-    meta_open_error("%s; write redis://[USER@]HOST[:PORT][/DB][?prefix=NAME]", what);
+    meta_open_error("%s; write redis://[USER@]HOST[:PORT][,HOST[:PORT]...][/DB][?prefix=NAME]",
+                    what);
     return -EINVAL;
 }
 
@@ -345,7 +346,10 @@ static int redis_number(const char *text, int most, int *out)
 /* "HOST", "HOST:PORT", "[V6]:PORT" */
 static int redis_host_parse(struct redis *s, char *text)
 {
+    struct redis_address *address = &s->addresses[s->address_count];
     char *port;
+    if (s->address_count == REDIS_ADDRESSES_MAX)
+        return redis_malformed("the metadata URL names more than 8 hosts");
     if (text[0] == '[') {
         char *end = strchr(text, ']');
         if (!end || (end[1] != '\0' && end[1] != ':'))
@@ -356,13 +360,29 @@ static int redis_host_parse(struct redis *s, char *text)
     } else {
         port = redis_cut(text, ':');
     }
-    s->port = REDIS_PORT;
-    if (port && (redis_number(port, 65535, &s->port) < 0 || s->port == 0))
+    address->port = REDIS_PORT;
+    if (port && (redis_number(port, 65535, &address->port) < 0 || address->port == 0))
         return redis_malformed("the metadata URL's port is no number from 1 to 65535");
     if (text[0] == '\0')
         return redis_malformed("the metadata URL names no host");
-    s->host = strdup(text);
-    return s->host ? 0 : -ENOMEM;
+    address->host = strdup(text);
+    if (!address->host)
+        return -ENOMEM;
+    s->address_count++;
+    return 0;
+}
+
+static int redis_hosts_parse(struct redis *s, char *text)
+{
+    int rc = 0;
+    while (rc == 0 && text) {
+        char *more = redis_cut(text, ',');
+        rc = redis_host_parse(s, text);
+        text = more;
+    }
+    if (rc == 0)
+        redis_address_use(s, 0);
+    return rc;
 }
 
 /* What stands behind "redis://", which is cut in pieces. */
@@ -385,7 +405,7 @@ static int redis_rest_parse(struct redis *s, char *text)
         return redis_malformed("the metadata URL's user is not understood");
     if (host && !s->credentials.user && !(s->credentials.user = strdup(text)))
         return -ENOMEM;
-    return redis_host_parse(s, host ? host : text);
+    return redis_hosts_parse(s, host ? host : text);
 }
 
 static int redis_url_parse(struct redis *s, const char *url)
@@ -433,7 +453,8 @@ static void redis_close(struct meta_store *store)
     redis_hang_up(&s->bell);
     redis_tls_close(s);
     credentials_clear(&s->credentials);
-    free(s->host);
+    for (size_t i = 0; i < s->address_count; i++)
+        free(s->addresses[i].host);
     free(s->waited);
     free(s);
 }

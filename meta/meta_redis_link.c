@@ -43,6 +43,13 @@ void redis_hang_up(redisContext **context)
     *context = NULL;
 }
 
+void redis_address_use(struct redis *s, size_t address)
+{
+    s->address = address;
+    s->host = s->addresses[address].host;
+    s->port = s->addresses[address].port;
+}
+
 /* Every call ends here: the cause is said once per outage, and its end too. A connection whose call failed may still
  * get that call's answer: the next call takes another one. */
 int redis_answer(struct redis *s, int rc)
@@ -55,6 +62,8 @@ int redis_answer(struct redis *s, int rc)
     else if (answered && s->down)
         log_info("metadata redis://%s:%d answers again", s->host, s->port);
     s->down = !answered;
+    if (rc == -EROFS) /* a replica that does not say so when it is asked */
+        redis_address_use(s, (s->address + 1) % s->address_count);
     return rc;
 }
 
@@ -336,12 +345,14 @@ static int redis_identify(struct redis *s)
 {
     redisReply *reply = NULL;
     char run[sizeof(s->run)] = "";
+    char role[16] = "";
     char policy[32] = "";
     char limit[32] = "0";
     int rc = redis_command(s, s->ask, 1, (const char *[]){"INFO"}, &reply);
     if (rc == 0 && reply) {
         if (reply->type == REDIS_REPLY_STRING) {
             redis_info_read(reply->str, "\nrun_id:", run, sizeof(run));
+            redis_info_read(reply->str, "\nrole:", role, sizeof(role));
             redis_info_read(reply->str, "\nmaxmemory:", limit, sizeof(limit));
             redis_info_read(reply->str, "\nmaxmemory_policy:", policy, sizeof(policy));
         }
@@ -356,7 +367,40 @@ static int redis_identify(struct redis *s)
     if (run[0] == '\0' || strcmp(run, s->run) != 0)
         s->gap = true;
     memcpy(s->run, run, sizeof(run));
+    s->replica = strcmp(role, "slave") == 0;
     return 0;
+}
+
+/* Connects to the address in use. Where there are others, a replica will not do: one of them is its primary. */
+static int redis_call_up(struct redis *s)
+{
+    int rc = redis_connect(s, &s->ask);
+    if (rc == 0)
+        rc = redis_identify(s);
+    if (rc == 0 && s->replica && s->address_count > 1)
+        rc = redis_fail(s, -EROFS, "it is a replica, and no other address is a primary");
+    if (rc < 0)
+        redis_hang_up(&s->ask);
+    return rc;
+}
+
+/* Tries the addresses in turn, each with its share of the time. */
+static int redis_call_up_any(struct redis *s)
+{
+    uint64_t end = s->deadline_ms;
+    size_t before = s->address;
+    int rc = -ETIMEDOUT;
+    for (size_t left = s->address_count; left > 0 && rc < 0; left--) {
+        uint64_t now = util_now_ms();
+        if (left < s->address_count)
+            redis_address_use(s, (s->address + 1) % s->address_count);
+        s->deadline_ms = now + (end > now ? (end - now) / left : 0);
+        rc = redis_call_up(s);
+    }
+    if (s->address != before)
+        redis_hang_up(&s->bell);
+    s->deadline_ms = end;
+    return rc;
 }
 
 /* Begins a call: sets its deadline, and connects unless the connection still stands. */
@@ -371,8 +415,7 @@ int redis_enter(struct redis *s)
             return 0;
         redis_hang_up(&s->ask); /* it idled too long for the server, or the server went */
     }
-    int rc = redis_connect(s, &s->ask);
-    return rc < 0 ? rc : redis_identify(s);
+    return redis_call_up_any(s);
 }
 
 /* ---- the script ---- */
@@ -474,7 +517,7 @@ static const struct redis_error redis_errors[] = {
     {"invalid password", -EACCES, "the password is wrong; check the credentials file"},
     {"AUTH", -EACCES, "it knows no such user or wants no password; check the credentials file"},
     {"NOPERM", -EACCES, "the user may not do what p2pfs needs; see ACL in p2pfs-metadata(5)"},
-    {"READONLY", -EROFS, "it is a replica; give the address of the primary"},
+    {"READONLY", -EROFS, "it is a replica; give the address of its primary, too"},
     {"OOM", -ENOSPC, "its memory is full; raise maxmemory"},
     {"MISCONF", -EIO, "it cannot save to its disk; see its log"},
     {"NOREPLICAS", -EROFS, "too few of its replicas are connected"},

@@ -13,15 +13,25 @@
 #include "meta/meta.h"
 #include "meta/meta_redis_script.h"
 
-#define REDIS_ARGS     (16 + 3 * 64 + 4 * 64) /* words of the longest command */
-#define REDIS_NAME_MAX 64                     /* bytes of the prefix, the user, a group of keys */
+#define REDIS_ARGS     (16 + 7 * META_TXN_MAX) /* words of the longest command */
+#define REDIS_NAME_MAX 64                      /* bytes of the prefix, the user, a group of keys */
+
+#define REDIS_ADDRESSES_MAX 8
 
 struct redis_tls;
+
+struct redis_address {
+    char *host;
+    int port;
+};
 
 struct redis {
     struct meta_store store;
     bool encrypted;
-    char *host;
+    struct redis_address addresses[REDIS_ADDRESSES_MAX];
+    size_t address_count;
+    size_t address;   /* the one in use, or tried last */
+    const char *host; /* its, borrowed */
     int port;
     int number; /* of the database */
     char prefix[REDIS_NAME_MAX + 1];
@@ -37,6 +47,7 @@ struct redis {
     char candidate[33]; /* epoch that a store gets if we are its first user */
     char epoch[65];     /* of what was listed; "": nothing yet */
     char run[65];       /* the server process that `ask` was connected to last */
+    bool replica;       /* and it said that it is one */
     char *waited;       /* the prefix whose feed is read; NULL: none yet */
     uint64_t newest;    /* revision that the server has shown us */
     bool gap;           /* something of it may have been missed since it was listed */
@@ -48,6 +59,8 @@ struct redis {
 /* Reads the certificates that `credentials` names. -EINVAL: see `cause`. */
 int redis_tls_open(struct redis *s);
 void redis_tls_close(struct redis *s);
+
+void redis_address_use(struct redis *s, size_t address);
 
 /* Sets `cause` and returns rc. */
 int redis_fail(struct redis *s, int rc, const char *format, ...)
