@@ -457,6 +457,8 @@ static void change_settled_tree(struct catalog *c, const struct change *change)
 struct change_ops {
     int (*build)(struct catalog *c, struct change *change, struct plan *plan);
     void (*settled)(struct catalog *c, const struct change *change); /* after its transaction */
+    bool
+        shares; /* a transaction with its like: what it builds depends on nothing that they write */
 };
 static const struct change_ops change_table[CHANGE_KINDS];
 
@@ -510,6 +512,37 @@ int change_run(struct catalog *c, struct change *change)
     return rc > 0 ? 0 : rc;
 }
 
+/* Adds the change to the plan. false: it has to be run alone, and the plan is as it was. */
+static bool change_join(struct catalog *c, struct change *change, struct plan *plan)
+{
+    const struct change_ops *ops = &change_table[change->kind];
+    struct plan_mark mark = plan_mark(plan);
+    if (ops->shares && ops->build(c, change, plan) == 0 && plan_stands_beside(plan, &mark))
+        return true;
+    plan_rewind(plan, &mark);
+    return false;
+}
+
+size_t change_run_together(struct catalog *c, struct change *first, int *status)
+{
+    struct plan plan = {0};
+    struct change *change = first;
+    size_t count = 0;
+    if (!first->next) /* alone, as most are */
+        return 0;
+    for (; change && change_join(c, change, &plan); change = change->next)
+        count++;
+    *status = count > 1 ? plan_commit(c, &plan) : 0;
+    plan_clear(&plan);
+    if (count <= 1 || (*status < 0 && c->failed == 0))
+        return 0; /* run one by one, each learns what stands against it */
+    for (struct change *each = first; *status == 0 && each != change; each = each->next) {
+        if (change_table[each->kind].settled)
+            change_table[each->kind].settled(c, each);
+    }
+    return count;
+}
+
 static const struct tree_entry *change_find_result(const struct catalog *c,
                                                    const struct change *change)
 {
@@ -547,7 +580,7 @@ void change_free(struct change *change)
 static const struct change_ops change_table[CHANGE_KINDS] = {
     [CHANGE_MKDIR] = {.build = change_build_mkdir},
     [CHANGE_SYMLINK] = {.build = change_build_symlink},
-    [CHANGE_PUBLISH] = {.build = change_build_publish, .settled = hold_announced},
+    [CHANGE_PUBLISH] = {.build = change_build_publish, .settled = hold_announced, .shares = true},
     [CHANGE_LINK] = {.build = change_build_link},
     [CHANGE_RENAME] = {.build = change_build_rename},
     [CHANGE_UNLINK] = {.build = change_build_unlink},
@@ -557,8 +590,8 @@ static const struct change_ops change_table[CHANGE_KINDS] = {
     [CHANGE_TREE_BEGIN] = {.build = change_build_tree_begin},
     [CHANGE_TREE_ATTACH] = {.build = change_build_tree_attach},
     [CHANGE_TREE_DROP] = {.build = change_build_tree_drop, .settled = change_settled_tree},
-    [CHANGE_SEAL] = {.build = change_build_seal},
-    [CHANGE_ANNOUNCE] = {.build = hold_build_announce, .settled = hold_announced},
+    [CHANGE_SEAL] = {.build = change_build_seal, .shares = true},
+    [CHANGE_ANNOUNCE] = {.build = hold_build_announce, .settled = hold_announced, .shares = true},
     [CHANGE_WITHDRAW] = {.build = hold_build_withdraw, .settled = hold_withdrawn},
     [CHANGE_SERVE] = {.build = hold_build_serve, .settled = hold_served},
     [CHANGE_HOLDERS] = {.build = change_build_holders},

@@ -175,20 +175,31 @@ void feed_clear(struct catalog *c);
 
 /* ---- catalog_plan ---- */
 
-#define PLAN_MAX 64
-
 struct plan {
-    struct meta_compare compares[PLAN_MAX];
-    struct meta_write writes[PLAN_MAX];
-    char *texts[3 * PLAN_MAX]; /* keys and values */
+    struct meta_compare compares[META_TXN_MAX];
+    struct meta_write writes[META_TXN_MAX];
+    char *texts[3 * META_TXN_MAX]; /* keys and values */
     size_t compare_count;
     size_t write_count;
     size_t text_count;
-    int error; /* of the first step that failed */
+    size_t bytes; /* of the texts */
+    int error;    /* of the first step that failed */
 };
 
 /* A plan is zeroed, filled (a failure is kept and returned by plan_commit) and cleared. Keys are copied. */
 void plan_clear(struct plan *plan);
+/* How full it is, and back to that, with whatever failed since then forgotten. */
+struct plan_mark {
+    size_t compares;
+    size_t writes;
+    size_t texts;
+    size_t bytes;
+};
+struct plan_mark plan_mark(const struct plan *plan);
+void plan_rewind(struct plan *plan, const struct plan_mark *mark);
+/* Whether what was added behind the mark, in a plan of puts, stands beside what was there before it: it only puts, and
+ * other keys, and all of it is far from what a service takes at once (etcd: 1.5 MiB). */
+bool plan_stands_beside(const struct plan *plan, const struct plan_mark *mark);
 void plan_compare(struct plan *plan, enum meta_condition condition, const char *key,
                   uint64_t revision);
 /* Takes `value`; NULL is out of memory. */
@@ -247,6 +258,9 @@ void hold_clear(struct catalog *c);
 /* Carries one change out, as often as others come in between. 0, -ESTALE (list, and try again), or an error of
  * catalog.h. */
 int change_run(struct catalog *c, struct change *change);
+/* Carries out the first changes of a queue in one transaction, as many as don't touch each other. How many; 0: `first`
+ * has to be run alone. *status: of all of them, 0 or an outage, of which nobody knows whether it came before or after. */
+size_t change_run_together(struct catalog *c, struct change *first, int *status);
 /* Tells the caller and frees it. */
 void change_finish(struct catalog *c, struct change *change, int status);
 void change_free(struct change *change);

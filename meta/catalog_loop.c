@@ -157,26 +157,42 @@ static int loop_run_read_only(struct catalog *c, struct change *change)
     }
 }
 
-static int loop_run_change(struct catalog *c, struct change *change)
+/* A publication of which we don't know whether it was carried out is undone when the service answers again. */
+static void loop_doubt(struct catalog *c, const struct change *change, int status)
 {
-    if (c->store->read_only)
-        return loop_run_read_only(c, change);
-    bool late = util_now_ms() - change->queued_ms > LOOP_AGE_MAX_MS;
-    if (c->failed != 0 || late) {
-        hold_intend(c, change);
-        return c->failed != 0 ? c->failed : -ETIMEDOUT;
-    }
-    int rc = change_run(c, change);
-    if (rc == -ESTALE) {
-        rc = loop_relist(c);
-        if (rc == 0)
-            rc = change_run(c, change);
-    }
     if (change->kind == CHANGE_PUBLISH && c->failed != 0)
         sweep_doubt_add(c, &change->version.id);
-    else if (change->kind == CHANGE_PUBLISH && rc == 0)
+    else if (change->kind == CHANGE_PUBLISH && status == 0)
         sweep_doubt_drop(c, &change->version.id);
-    return rc;
+}
+
+/* Carries out the first of the queue, or some of them at once. How many, at least 1. */
+static size_t loop_run(struct catalog *c, struct change *first, int *status)
+{
+    bool late = util_now_ms() - first->queued_ms > LOOP_AGE_MAX_MS;
+    if (c->store->read_only) {
+        *status = loop_run_read_only(c, first);
+        return 1;
+    }
+    if (c->failed != 0 || late) {
+        hold_intend(c, first);
+        *status = c->failed != 0 ? c->failed : -ETIMEDOUT;
+        return 1;
+    }
+    size_t count = change_run_together(c, first, status);
+    if (count == 0) {
+        count = 1;
+        *status = change_run(c, first);
+        if (*status == -ESTALE) {
+            *status = loop_relist(c);
+            if (*status == 0)
+                *status = change_run(c, first);
+        }
+    }
+    const struct change *change = first;
+    for (size_t i = 0; i < count; i++, change = change->next)
+        loop_doubt(c, change, *status);
+    return count;
 }
 
 /* Carries out what is queued, in order. When the service goes away meanwhile, the rest fails like the first. */
@@ -189,15 +205,20 @@ static void loop_queue(struct catalog *c)
     pthread_mutex_unlock(&c->mutex);
     while (queue) {
         struct change *change = queue;
-        queue = change->next;
         if (loop_is_stopping(c)) {
+            queue = change->next;
             change_finish(c, change, -ESHUTDOWN);
             continue;
         }
-        int rc = loop_run_change(c, change);
+        int status = 0;
+        size_t count = loop_run(c, change, &status);
         if (c->online && c->failed != 0)
             loop_go_offline(c); /* whoever hears of the failure finds us offline */
-        change_finish(c, change, rc);
+        for (; count > 0; count--) {
+            queue = change->next;
+            change_finish(c, change, status);
+            change = queue;
+        }
         loop_renew(c);
     }
 }

@@ -6,14 +6,41 @@
 
 #include "meta/base/util.h"
 
+#define PLAN_SHARED_MAX (256 << 10)
+
 void plan_clear(struct plan *plan)
 {
-    for (size_t i = 0; i < plan->text_count; i++)
+    plan_rewind(plan, &(struct plan_mark){0});
+}
+
+struct plan_mark plan_mark(const struct plan *plan)
+{
+    return (struct plan_mark){plan->compare_count, plan->write_count, plan->text_count,
+                              plan->bytes};
+}
+
+void plan_rewind(struct plan *plan, const struct plan_mark *mark)
+{
+    for (size_t i = mark->texts; i < plan->text_count; i++)
         free(plan->texts[i]);
-    plan->compare_count = 0;
-    plan->write_count = 0;
-    plan->text_count = 0;
+    plan->compare_count = mark->compares;
+    plan->write_count = mark->writes;
+    plan->text_count = mark->texts;
+    plan->bytes = mark->bytes;
     plan->error = 0;
+}
+
+bool plan_stands_beside(const struct plan *plan, const struct plan_mark *mark)
+{
+    for (size_t i = mark->writes; i < plan->write_count; i++) {
+        if (plan->writes[i].action != META_PUT)
+            return false;
+        for (size_t k = 0; k < mark->writes; k++) {
+            if (strcmp(plan->writes[i].key, plan->writes[k].key) == 0)
+                return false;
+        }
+    }
+    return plan->error == 0 && plan->bytes <= PLAN_SHARED_MAX;
 }
 
 /* The plan's own; NULL after a failure. */
@@ -21,15 +48,21 @@ static char *plan_keep(struct plan *plan, char *text)
 {
     if (!text && plan->error == 0)
         plan->error = -ENOMEM;
-    if (text)
+    if (text) {
         plan->texts[plan->text_count++] = text;
+        plan->bytes += strlen(text);
+    }
     return text;
 }
 
 void plan_compare(struct plan *plan, enum meta_condition condition, const char *key,
                   uint64_t revision)
 {
-    if (plan->compare_count == PLAN_MAX) {
+    for (size_t i = 0; condition == META_EXISTS && i < plan->compare_count; i++) {
+        if (plan->compares[i].condition == condition && strcmp(plan->compares[i].key, key) == 0)
+            return; /* the directory of many new names */
+    }
+    if (plan->compare_count == META_TXN_MAX) {
         plan->error = -E2BIG;
         return;
     }
@@ -42,7 +75,7 @@ void plan_compare(struct plan *plan, enum meta_condition condition, const char *
 static void plan_write(struct plan *plan, enum meta_action action, const char *key, char *value,
                        uint64_t lease)
 {
-    if (plan->write_count == PLAN_MAX) {
+    if (plan->write_count == META_TXN_MAX) {
         plan->error = -E2BIG;
         free(value);
         return;

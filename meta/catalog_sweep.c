@@ -38,8 +38,8 @@ static const struct tree_entry *sweep_deepest(const struct catalog *c, uint64_t 
 static bool sweep_plan_entry(struct catalog *c, struct plan *plan, const struct tree_entry *entry)
 {
     char key[CODEC_KEY_MAX];
-    if (plan->compare_count + SWEEP_ENTRY_STEPS > PLAN_MAX ||
-        plan->write_count + SWEEP_ENTRY_STEPS > PLAN_MAX)
+    if (plan->compare_count + SWEEP_ENTRY_STEPS > META_TXN_MAX ||
+        plan->write_count + SWEEP_ENTRY_STEPS > META_TXN_MAX)
         return false;
     if (entry->kind == MODEL_FILE) {
         codec_key_version(&entry->version->id, key);

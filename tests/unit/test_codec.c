@@ -316,6 +316,35 @@ static void records_stay_small(void **state)
     free(json);
 }
 
+static void a_file_of_2_tib_on_1000_nodes_has_1000_small_records(void **state)
+{
+    struct model_version version = {.id = id_of(1),
+                                    .size = 2ull << 40,
+                                    .shard_size = model_shard_auto(2ull << 40),
+                                    .digest = MODEL_SHA256,
+                                    .sealed = true,
+                                    .origin_node = "node-0000.rack-17.zone-b.example.org"};
+    char *json = codec_version_encode(&version);
+    size_t largest = strlen(json);
+    size_t all = largest;
+    free(json);
+    for (int i = 0; i < 1000; i++) {
+        char key[CODEC_KEY_MAX];
+        struct model_holder holder = {.node.boot = UINT64_MAX, .complete = true};
+        snprintf(holder.node.name, sizeof(holder.node.name), "node-%04d.rack-17.zone-b.example.org",
+                 i);
+        codec_key_holder(&version.id, holder.node.name, key);
+        json = codec_holder_encode(&holder);
+        size_t size = strlen(key) + strlen(json);
+        largest = size > largest ? size : largest;
+        all += size;
+        free(json);
+    }
+    print_message("the largest of 1001 records has %zu bytes, all of them %zu\n", largest, all);
+    assert_in_range(largest, 1, 512); /* etcd takes 1.5 MiB */
+    assert_in_range(all, 1, 300000);
+}
+
 /* ---- malformed records: each field in turn ---- */
 
 static const char good_file[] =
@@ -540,6 +569,7 @@ int main(void)
         cmocka_unit_test(versions_survive),
         cmocka_unit_test(nodes_holders_and_dirs_survive),
         cmocka_unit_test(records_stay_small),
+        cmocka_unit_test(a_file_of_2_tib_on_1000_nodes_has_1000_small_records),
         cmocka_unit_test(malformed_fields_are_refused),
         cmocka_unit_test(strings_beyond_their_limits_are_refused),
         cmocka_unit_test(other_formats_are_told_apart_from_damage),
