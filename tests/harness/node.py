@@ -75,6 +75,7 @@ class Node:
         self.log_file = Path(home) / f"{name}.log"
         self.process = None
         self.env = dict(os.environ)
+        self.before = []  # words before the command, such as nsenter's
         self.options = {"node": name, "listen": f"127.0.0.1:{free_port()}", **options}
         self.dir.mkdir(parents=True, exist_ok=True)
 
@@ -87,7 +88,8 @@ class Node:
                 continue
             text = str(value).replace("\\", "\\\\").replace(",", "\\,")
             words.append(key if value is True else f"{key}={text}")
-        return [str(BINARY), self.meta, str(self.dir), "-f", "-o", ",".join(words)]
+        mount = [str(BINARY), self.meta, str(self.dir), "-f", "-o", ",".join(words)]
+        return [*self.before, *mount]
 
     def start(self, wait=True, seconds=30):
         """Starts the process, and returns when the mount serves (or raises MountFailed)."""

@@ -29,6 +29,7 @@ class Service:
     name = None
     program = None
     remedy = "scripts/bootstrap --test"
+    host = "127.0.0.1"  # where it listens
 
     def __init__(self, home, extra=()):
         if shutil.which(self.program) is None:
@@ -71,7 +72,7 @@ class Service:
 
     def answers(self):
         try:
-            with socket.create_connection(("127.0.0.1", self.port), 1):
+            with socket.create_connection((self.host, self.port), 1):
                 return True
         except OSError:
             return False
@@ -105,13 +106,14 @@ class Redis(Service):
 
     def command(self):
         return [
-            self.program, "--port", str(self.port), "--bind", "127.0.0.1",
+            self.program, "--port", str(self.port), "--bind", self.host,
+            "--protected-mode", "no",
             "--dir", str(self.data), "--save", "", "--appendonly", "yes",
             "--appendfsync", "always", *self.extra,
         ]  # fmt: skip
 
     def url(self, prefix="p2pfs", port=None):
-        return f"redis://127.0.0.1:{port or self.port}/0?prefix={prefix}"
+        return f"redis://{self.host}:{port or self.port}/0?prefix={prefix}"
 
     def answers(self):
         """It has loaded its data (an answer that wants a password will do)."""
@@ -122,7 +124,7 @@ class Redis(Service):
 
     def ask(self, *words, password=None):
         """The first line of the answer to one command, or a bulk string's text."""
-        with socket.create_connection(("127.0.0.1", self.port), 5) as link:
+        with socket.create_connection((self.host, self.port), 5) as link:
             stream = link.makefile("rwb")
             for command in ([["AUTH", password]] if password else []) + [words]:
                 parts = [f"${len(str(w).encode())}\r\n{w}\r\n" for w in command]
@@ -134,6 +136,15 @@ class Redis(Service):
             if not line:
                 raise OSError("the server closed the connection")
             return line
+
+    def record(self, key, prefix="p2pfs"):
+        """The record of a key, behind its revision and its lease."""
+        return self.ask("HGET", f"{prefix}:kv", key).split(" ", 2)[2]
+
+    def put_record(self, key, record, prefix="p2pfs"):
+        """Behind the back of the nodes: no change is told."""
+        revision, lease, _ = self.ask("HGET", f"{prefix}:kv", key).split(" ", 2)
+        self.ask("HSET", f"{prefix}:kv", key, f"{revision} {lease} {record}")
 
     def requests(self):
         """How many commands it has carried out."""
@@ -164,7 +175,7 @@ class Etcd(Service):
         return f"http://127.0.0.1:{self.peer_port}"
 
     def command(self):
-        client = f"{self.scheme}://127.0.0.1:{self.port}"
+        client = f"{self.scheme}://{self.host}:{self.port}"
         peer = self.peer()
         members = ",".join(f"{one.member}={one.peer()}" for one in self.cluster)
         return [
@@ -176,7 +187,7 @@ class Etcd(Service):
         ]  # fmt: skip
 
     def url(self, prefix="p2pfs", port=None):
-        return f"etcd://127.0.0.1:{port or self.port}/{prefix}"
+        return f"etcd://{self.host}:{port or self.port}/{prefix}"
 
     def answers(self):
         """It has a leader, or at least wants TLS."""
@@ -195,10 +206,19 @@ class Etcd(Service):
         if token:
             headers["Authorization"] = token
         ask = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v3/{path}", json.dumps(request).encode(), headers
+            f"http://{self.host}:{self.port}/v3/{path}", json.dumps(request).encode(), headers
         )
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(ask, None, 5) as got:
             return json.load(got)
+
+    def record(self, key, prefix="p2pfs"):
+        """The record of a key."""
+        code = base64.b64encode(f"{prefix}/{key}".encode()).decode()
+        return base64.b64decode(self.ask("kv/range", {"key": code})["kvs"][0]["value"]).decode()
+
+    def put_record(self, key, record, prefix="p2pfs"):
+        code = lambda text: base64.b64encode(text.encode()).decode()  # noqa: E731
+        self.ask("kv/put", {"key": code(f"{prefix}/{key}"), "value": code(record)})
 
     def keys(self, prefix):
         """All keys that begin with the prefix."""

@@ -1,5 +1,6 @@
 """The metadata service is killed, stopped, cut off, slow, or comes back without its data."""
-# ctest: timeout=700
+# ctest: timeout=400
+# ctest: jobs=4
 
 import errno
 import os
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from harness import data, env
+from harness.network import Network
 from harness.node import free_port
 from harness.services import KINDS, Link, etcd_cluster
 from harness.wait import eventually
@@ -43,26 +45,32 @@ def online(node):
     return node.status()["online"]
 
 
-def answers_at_once(node):
+def answers(node):
     """ls, stat and df, none of which may wait for the service."""
-    began = time.monotonic()
     names = os.listdir(node.dir)
     for name in names:
         os.stat(node.path(name))
     os.statvfs(node.dir)
-    took = time.monotonic() - began
-    assert took < 0.3 * env.SLOWNESS, f"took {took:.2f} s"
     return names
 
 
+def answers_while_a_change_waits(node):
+    """The change waits for the service until its deadline."""
+    change = threading.Thread(target=registering_fails, args=(node, "waits"))
+    change.start()
+    time.sleep(0.2)
+    for _ in range(20):
+        answers(node)
+    assert change.is_alive()
+    change.join()
+
+
 def registering_fails(node, name):
-    """With an error of the network, within the deadline of a change."""
-    began = time.monotonic()
+    """With an error of the network."""
     with pytest.raises(OSError) as raised:
         with open(node.path(name), "wb") as out:
             out.write(b"never seen")
     assert raised.value.errno in NETWORK, raised.value
-    assert time.monotonic() - began < 12 * env.SLOWNESS
     return raised.value
 
 
@@ -73,25 +81,25 @@ def populate(node, other):
         node.path(f"dir/f{i}").write_bytes(data.pattern(100_000, i))
     node.path("big").write_bytes(data.pattern(8 << 20, 9))
     os.symlink("big", node.path("latest"))
-    eventually(lambda: tree(other) == tree(node) and len(tree(node)) == 9, 3)
+    eventually(lambda: tree(other) == tree(node) and len(tree(node)) == 9)
 
 
 def served_as_before(a, b):
     """What b has is read, and what only a has is pulled: peers need no service for that."""
-    assert sorted(answers_at_once(b)) == ["big", "dir", "latest"]
+    assert sorted(answers(b)) == ["big", "dir", "latest"]
     for i in range(5):
         assert b.path(f"dir/f{i}").read_bytes() == data.pattern(100_000, i)
         assert a.path(f"dir/f{i}").read_bytes() == data.pattern(100_000, i)
 
 
-def agree(*nodes, seconds=LEASE):
-    eventually(lambda: all(map(online, nodes)), seconds, "all nodes online")
-    eventually(lambda: all(tree(n) == tree(nodes[0]) for n in nodes), seconds, "nodes agree")
+def agree(*nodes):
+    eventually(lambda: all(map(online, nodes)), what="all nodes online")
+    eventually(lambda: all(tree(n) == tree(nodes[0]) for n in nodes), what="nodes agree")
 
 
 def works(a, b, name):
     a.path(name).write_bytes(b"registered after the outage")
-    eventually(lambda: b.path(name).read_bytes() == b"registered after the outage", 3)
+    eventually(lambda: b.path(name).read_bytes() == b"registered after the outage")
 
 
 @pytest.mark.limit(100)
@@ -102,14 +110,18 @@ def test_an_outage_costs_registrations_only(service, make_cluster, how):
     for i in range(5):  # b has these, and knows its peer
         b.path(f"dir/f{i}").read_bytes()
     before = tree(a)
-    service.kill() if how == "killed" else service.pause()
+    if how == "killed":
+        service.kill()
+    else:
+        service.pause()
+        answers_while_a_change_waits(a)
     served_as_before(a, b)
     registering_fails(a, "during")
     served_as_before(a, b)
-    eventually(lambda: not online(a) and not online(b), 10, "the outage is known")
+    eventually(lambda: not online(a) and not online(b), what="the outage is known")
     lines = [line for line in a.log.splitlines() if "error: metadata" in line]
     assert len(lines) == 1, lines  # once per outage
-    answers_at_once(a)
+    answers(a)
     service.restart() if how == "killed" else service.resume()
     agree(a, b)
     assert tree(a) == before, "a registration that failed left something"
@@ -126,18 +138,18 @@ def test_a_running_pull_ends_while_the_service_is_stopped(service, make_cluster,
     b = cluster.node()
     source = data.write_file(tmp_path / "model", 40 << 20)
     a.path("model").write_bytes(source.read_bytes())
-    eventually(b.path("model").exists, 2)
+    eventually(b.path("model").exists)
     road.delay = 0.01  # for each 64 KiB at most
     result = []
     reader = threading.Thread(target=lambda: result.append(data.digest(b.path("model"))))
     reader.start()
-    eventually(lambda: b.status()["bytes_received"] > 2 << 20, 10, "the pull runs")
+    eventually(lambda: b.status()["bytes_received"] > 2 << 20, what="the pull runs")
     service.pause()
     try:
         assert b.status()["bytes_received"] < 30 << 20
         reader.join(40 * env.SLOWNESS)
         assert result == [data.digest(source)]
-        answers_at_once(b)
+        answers(b)
     finally:
         service.resume()
         road.close()
@@ -152,8 +164,8 @@ def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster
     b.path("dir/f1").read_bytes()
     before = tree(a)
     service.restart(empty=True)
-    agree(a, b, seconds=2 * LEASE)
-    eventually(lambda: tree(a) == before, LEASE, "all names are back")
+    agree(a, b)
+    eventually(lambda: tree(a) == before, what="all names are back")
     assert tree(b) == before
     c = cluster.node()
     assert tree(c) == before
@@ -162,7 +174,7 @@ def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster
     assert os.readlink(c.path("latest")) == "big"
     works(a, c, "after")
     os.unlink(b.path("dir/f1"))
-    eventually(lambda: not a.path("dir/f1").exists() and not c.path("dir/f1").exists(), 2)
+    eventually(lambda: not a.path("dir/f1").exists() and not c.path("dir/f1").exists())
 
 
 @pytest.mark.limit(150)
@@ -177,35 +189,75 @@ def test_a_flush_of_redis_is_an_outage_too(mounts, make_cluster, tmp_path):
         time.sleep(3)
         agree(a, b)
         c = cluster.node()
-        eventually(lambda: tree(c) == before, LEASE, "all names are back in the service")
+        eventually(lambda: tree(c) == before, what="all names are back in the service")
         works(a, b, "after")
     finally:
         service.kill()
 
 
-@pytest.mark.limit(150)
-def test_a_node_cut_off_longer_than_its_lease_comes_back_by_itself(service, make_cluster):
-    link = Link(service.port)
-    try:
-        a = make_cluster(service.url(port=link.port)).node("cut")
-        b = make_cluster(service.url()).node("other")
-        a.path("x").write_bytes(data.pattern(1 << 20))
-        b.path("y").write_bytes(data.pattern(1 << 20, 1))
-        eventually(lambda: len(tree(b)) == 2 and len(tree(a)) == 2, 3)
-        assert b.xattr("x", "replicas") == "1"
-        link.cut()
-        eventually(lambda: not any(p["live"] for p in b.peers()["peers"]), LEASE + 4, "a is gone")
-        eventually(lambda: b.xattr("x", "replicas") == "0", 2, "x has no holder")
-        assert sorted(answers_at_once(a)) == ["x", "y"]
-        b.path("z").write_bytes(b"while a was away")
-        assert not a.path("z").exists()
-        link.heal()
-        agree(a, b)
-        eventually(lambda: b.xattr("x", "replicas") == "1", LEASE, "x is announced again")
-        assert b.path("x").read_bytes() == data.pattern(1 << 20)
-        assert a.path("z").read_bytes() == b"while a was away"
-    finally:
-        link.close()
+@pytest.fixture
+def network(mounts):
+    with Network() as net:
+        yield net
+
+
+@pytest.fixture(params=["redis", "valkey", "etcd"])
+def far_service(request, network, tmp_path):
+    """A service that each node reaches over a link of its own."""
+    one = KINDS[request.param](tmp_path / "service")
+    one.host = network.service
+    yield one.start()
+    one.kill()
+
+
+def on_host(network, cluster, name):
+    """A node on a host of its own, and the host's address."""
+    address, before = network.host()
+    node = cluster.node(name, start=False, listen=f"{address}:7700", read_timeout=20)
+    node.before = before
+    return node.start(), address
+
+
+def live_peers(node):
+    return {p["node"] for p in node.peers()["peers"] if p["live"]}
+
+
+@pytest.mark.limit(100)
+def test_a_node_cut_off_longer_than_its_lease_comes_back_by_itself(
+    network, far_service, make_cluster
+):
+    cluster = make_cluster(far_service.url())
+    a, address = on_host(network, cluster, "cut")
+    b, _ = on_host(network, cluster, "other")
+    c, _ = on_host(network, cluster, "dead")
+    for seed, node in enumerate((a, b, c)):
+        node.path(f"of-{node.name}").write_bytes(data.pattern(1 << 20, seed))
+    names = ["of-cut", "of-dead", "of-other"]
+    eventually(lambda: all(sorted(os.listdir(n.dir)) == names for n in (a, b, c)))
+    eventually(lambda: live_peers(b) == {"cut", "dead"})
+    assert b.xattr("of-cut", "replicas") == "1"
+    assert a.path("of-other").read_bytes() == data.pattern(1 << 20, 1)
+    assert b.path("of-cut").read_bytes() == data.pattern(1 << 20, 0)
+    b.cli("evict", "of-cut")
+    network.cut(address)
+    c.kill9()
+    began = time.monotonic()
+    b.cli("pull", "of-cut")  # peers need no service for each other
+    assert b.path("of-cut").read_bytes() == data.pattern(1 << 20, 0)
+    registering_fails(a, "during")
+    eventually(lambda: not live_peers(b), what="the cut and the dead one are gone")
+    assert time.monotonic() - began > LEASE / 3, "it was gone before its lease ended"
+    eventually(lambda: b.xattr("of-dead", "replicas") == "0", what="it has no holder")
+    eventually(lambda: b.xattr("of-cut", "replicas") == "1", what="only b holds it")
+    assert sorted(answers(a)) == names
+    b.path("new").write_bytes(b"while a was away")
+    assert not a.path("new").exists()
+    network.heal(address)
+    agree(a, b)  # as soon as TCP tries again
+    eventually(lambda: b.xattr("of-cut", "replicas") == "2", what="it is announced again")
+    assert live_peers(b) == {"cut"}
+    assert a.path("new").read_bytes() == b"while a was away"
+    assert sorted(os.listdir(b.dir)) == ["new", *names]
 
 
 @pytest.mark.limit(100)
@@ -215,27 +267,14 @@ def test_a_slow_service_delays_changes_only(service, make_cluster):
         a = make_cluster(service.url(port=link.port)).node("slow")
         b = make_cluster(service.url()).node("fast")
         b.path("x").write_bytes(data.pattern(1 << 20))
-        eventually(a.path("x").exists, 2)
+        eventually(a.path("x").exists)
         link.delay = 0.2
         assert a.path("x").read_bytes() == data.pattern(1 << 20)
-        answers_at_once(a)
+        answers(a)
         a.path("late").write_bytes(b"late but whole")
-        eventually(lambda: b.path("late").read_bytes() == b"late but whole", 5)
+        eventually(lambda: b.path("late").read_bytes() == b"late but whole")
     finally:
         link.close()
-
-
-@pytest.mark.limit(100)
-def test_a_dead_node_is_gone_within_its_lease(service, make_cluster):
-    a, b = make_cluster(service.url()).nodes(2)
-    a.path("x").write_bytes(data.pattern(1 << 20))
-    eventually(lambda: any(p["live"] for p in b.peers()["peers"]), 3)
-    a.kill9()
-    began = time.monotonic()
-    eventually(lambda: not any(p["live"] for p in b.peers()["peers"]), LEASE + 3)
-    assert time.monotonic() - began < LEASE + 3
-    assert b.path("x").exists()
-    eventually(lambda: b.xattr("x", "replicas") == "0", 2)
 
 
 @pytest.mark.limit(150)
@@ -251,20 +290,20 @@ def test_members_of_an_etcd_cluster_die_in_turn(mounts, make_cluster, tmp_path):
                 a.path(f"after-{i}").write_bytes(b"x")
                 return True
 
-            eventually(registered, 20, f"registering without member {i}")
-            eventually(b.path(f"after-{i}").exists, 15, f"seen without member {i}")
-            assert {"big", "dir", "latest"} <= set(answers_at_once(b))
+            eventually(registered, what=f"registering without member {i}")
+            eventually(b.path(f"after-{i}").exists, what=f"seen without member {i}")
+            assert {"big", "dir", "latest"} <= set(answers(b))
             member.restart()
         agree(a, b)
         for member in members[:2]:
             member.kill()
         registering_fails(a, "without-a-majority")
-        assert "without-a-majority" not in answers_at_once(b)
+        assert "without-a-majority" not in answers(b)
         for member in members[:2]:
             member.start(wait=False)
         for member in members[:2]:
             member.wait_ready()
-        agree(a, b, seconds=2 * LEASE)
+        agree(a, b)
         works(b, a, "after-all")
     finally:
         for member in members:
@@ -279,15 +318,18 @@ def test_a_replica_that_is_promoted_takes_over(mounts, make_cluster, tmp_path):
     ).start()
     address = Link(primary.port)  # as a name or an address that moves
     try:
-        eventually(lambda: "master_link_status:up" in replica.ask("INFO", "replication"), 10)
-        a, b = make_cluster(primary.url(port=address.port)).nodes(2)
+        eventually(lambda: "master_link_status:up" in replica.ask("INFO", "replication"))
+        both = f"{primary.port},127.0.0.1:{replica.port}"
+        a = make_cluster(primary.url(port=both)).node("knows-both")
+        b = make_cluster(primary.url(port=address.port)).node("knows-one")
         populate(a, b)
         before = tree(a)
-        eventually(lambda: replica.ask("HLEN", "p2pfs:kv") == primary.ask("HLEN", "p2pfs:kv"), 5)
+        eventually(lambda: replica.ask("HLEN", "p2pfs:kv") == primary.ask("HLEN", "p2pfs:kv"))
         primary.kill()
         address.target = replica.port
-        eventually(lambda: not online(a), 10)
+        eventually(lambda: not online(a) and not online(b))
         registering_fails(a, "to-a-replica")
+        registering_fails(b, "to-a-replica")
         assert replica.ask("REPLICAOF", "NO", "ONE").startswith("+OK")
         agree(a, b)
         assert tree(a) == before
@@ -308,7 +350,7 @@ CLOCK = """
 
 static long ahead(void)
 {
-    return access(getenv("TEST_CLOCK_JUMP"), F_OK) == 0 ? 3600 : 0;
+    return access(getenv("TEST_CLOCK_JUMP"), F_OK) == 0 ? atol(getenv("TEST_CLOCK_BY")) : 0;
 }
 int clock_gettime(clockid_t id, struct timespec *out)
 {
@@ -346,22 +388,28 @@ def test_a_clock_that_jumps_by_an_hour_changes_nothing(service, make_cluster, tm
         ["cc", "-shared", "-fPIC", "-o", shim, tmp_path / "clock.c", "-ldl"], check=True
     )
     cluster = make_cluster(service.url())
-    a, b = cluster.node(start=False), cluster.node()
-    a.env |= {"LD_PRELOAD": str(shim), "TEST_CLOCK_JUMP": str(tmp_path / "jump")}
-    a.start()
+    a, b, c = cluster.node(start=False), cluster.node(), cluster.node(start=False)
+    for node, by in ((a, 3600), (c, -3600)):
+        node.env |= {
+            "LD_PRELOAD": str(shim),
+            "TEST_CLOCK_JUMP": str(tmp_path / "jump"),
+            "TEST_CLOCK_BY": str(by),
+        }
+        node.start()
     populate(a, b)
     (tmp_path / "jump").touch()
     end = time.monotonic() + LEASE + 2
     while time.monotonic() < end:
-        assert any(p["live"] for p in b.peers()["peers"])
-        assert online(a) and online(b)
-        assert b.xattr("big", "replicas") in ("1", "2")
+        assert sum(p["live"] for p in b.peers()["peers"]) == 2
+        assert all(map(online, (a, b, c)))
         time.sleep(0.2)
-    works(a, b, "during")
+    assert b.xattr("big", "replicas") == "1"
+    works(a, b, "ahead")
+    works(c, a, "behind")
     (tmp_path / "jump").unlink()  # and back
-    time.sleep(LEASE / 2)
     works(b, a, "after")
-    assert "lease" not in a.log and "lease" not in b.log
+    works(a, c, "after-too")
+    assert not any("lease" in node.log for node in (a, b, c))
 
 
 @pytest.mark.limit(60)
@@ -374,13 +422,13 @@ def test_last_seconds_that_redis_lost_are_written_again(mounts, make_cluster, tm
         assert service.ask("SAVE").startswith("+OK")
         for i in range(5):
             a.path(f"later-{i}").write_bytes(b"not on the server's disk")
-        eventually(lambda: tree(a) == tree(b), 2)
+        eventually(lambda: tree(a) == tree(b))
         before = tree(a)
         service.restart()
         agree(a, b)
-        eventually(lambda: tree(a) == before and tree(b) == before, LEASE)
+        eventually(lambda: tree(a) == before and tree(b) == before)
         c = cluster.node()
-        eventually(lambda: tree(c) == before, LEASE, "all names are back in the service")
+        eventually(lambda: tree(c) == before, what="all names are back in the service")
         assert c.path("later-3").read_bytes() == b"not on the server's disk"
         works(b, c, "after")
     finally:
