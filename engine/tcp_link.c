@@ -19,34 +19,6 @@ enum progress { IDLE, BLOCKED, PAUSED, MORE };
 
 // -- The queue ------------------------------------------------------------------------------------
 
-static size_t queue_length(const struct tcp_link *link)
-{
-    return link->queue.end - link->queue.begin;
-}
-
-/* Room for `length` more bytes at the end of the queue, or NULL. */
-static uint8_t *queue_reserve(struct tcp_link *link, size_t length)
-{
-    if (link->queue.room - link->queue.end < length && link->queue.begin > 0) {
-        memmove(link->queue.bytes, link->queue.bytes + link->queue.begin, queue_length(link));
-        link->queue.end -= link->queue.begin;
-        link->queue.begin = 0;
-    }
-    if (link->queue.room - link->queue.end < length) {
-        size_t room = link->queue.room ? link->queue.room : 4096;
-        while (room - link->queue.end < length)
-            room *= 2;
-        uint8_t *bytes = realloc(link->queue.bytes, room);
-        if (!bytes)
-            return NULL;
-        link->queue.bytes = bytes;
-        link->queue.room = room;
-    }
-    uint8_t *at = link->queue.bytes + link->queue.end;
-    link->queue.end += length;
-    return at;
-}
-
 static void head_put(uint8_t *head, enum tcp_frame kind, uint32_t id, uint32_t length,
                      uint64_t offset)
 {
@@ -60,7 +32,7 @@ static void head_put(uint8_t *head, enum tcp_frame kind, uint32_t id, uint32_t l
 
 static void end_put(struct tcp_link *link, uint32_t id, bool failed)
 {
-    uint8_t *head = queue_reserve(link, TCP_HEAD_BYTES);
+    uint8_t *head = queue_reserve(&link->queue, TCP_HEAD_BYTES);
     if (!head)
         tcp_link_break(link, -ENOMEM, "out of memory");
     else
@@ -70,7 +42,7 @@ static void end_put(struct tcp_link *link, uint32_t id, bool failed)
 int tcp_link_greet(struct tcp_link *link)
 {
     link->stage = malloc(TCP_STAGE_BYTES);
-    uint8_t *at = link->stage ? queue_reserve(link, TCP_PREFACE_BYTES) : NULL;
+    uint8_t *at = link->stage ? queue_reserve(&link->queue, TCP_PREFACE_BYTES) : NULL;
     if (!at)
         return -ENOMEM;
     memcpy(at, preface, TCP_PREFACE_BYTES);
@@ -84,11 +56,11 @@ int tcp_link_send(struct link *base, const void *message, size_t length)
         return -EMSGSIZE;
     if (link->state != TCP_OPEN)
         return -ENOTCONN;
-    if (queue_length(link) + TCP_HEAD_BYTES + length > TCP_QUEUE_BYTES) {
+    if (queue_length(&link->queue) + TCP_HEAD_BYTES + length > TCP_QUEUE_BYTES) {
         link->full = true;
         return -EAGAIN;
     }
-    uint8_t *at = queue_reserve(link, TCP_HEAD_BYTES + length);
+    uint8_t *at = queue_reserve(&link->queue, TCP_HEAD_BYTES + length);
     if (!at)
         return -ENOMEM;
     head_put(at, TCP_MESSAGE, 0, (uint32_t)length, 0);
@@ -116,20 +88,14 @@ static enum progress write_failed(struct tcp_link *link, int error)
 
 static enum progress queue_write(struct tcp_link *link, int flags)
 {
-    while (queue_length(link) > 0) {
-        ssize_t n = send(link->watch.fd, link->queue.bytes + link->queue.begin, queue_length(link),
-                         MSG_NOSIGNAL | MSG_DONTWAIT | flags);
+    while (queue_length(&link->queue) > 0) {
+        ssize_t n = send(link->watch.fd, link->queue.bytes + link->queue.begin,
+                         queue_length(&link->queue), MSG_NOSIGNAL | MSG_DONTWAIT | flags);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
             return write_failed(link, errno);
-        link->queue.begin += (size_t)n;
-    }
-    link->queue.begin = link->queue.end = 0;
-    if (link->queue.room > (64u << 10)) { // a burst is over: many links must not keep 4 MiB each
-        free(link->queue.bytes);
-        link->queue.bytes = NULL;
-        link->queue.room = 0;
+        queue_drop(&link->queue, (size_t)n);
     }
     return IDLE;
 }
@@ -423,7 +389,8 @@ static enum progress slice_write(struct tcp_link *link, size_t *budget)
 static enum progress frame_next(struct tcp_link *link)
 {
     enum progress p = queue_write(link, 0);
-    if (link->state == TCP_OPEN && link->full && queue_length(link) <= TCP_QUEUE_BYTES / 2) {
+    if (link->state == TCP_OPEN && link->full &&
+        queue_length(&link->queue) <= TCP_QUEUE_BYTES / 2) {
         link->full = false;
         link->base.transport->events->writable(&link->base);
         return link->dead || link->state != TCP_OPEN ? BLOCKED : p == BLOCKED ? BLOCKED : MORE;
@@ -739,8 +706,7 @@ void tcp_link_forget(struct tcp_link *link)
         }
         *lists[i] = NULL;
     }
-    free(link->queue.bytes);
+    queue_free(&link->queue);
     free(link->stage);
-    link->queue.bytes = NULL;
     link->stage = NULL;
 }

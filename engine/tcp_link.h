@@ -16,6 +16,7 @@
 
 #include "engine/bucket.h"
 #include "engine/mailbox.h"
+#include "engine/queue.h"
 #include "engine/tcp_socket.h"
 #include "engine/transport.h"
 
@@ -91,10 +92,7 @@ struct tcp_link {
     char reason[160];
 
     /* Sending: whole frames wait in `queue`; between two of them goes a slice of an exposed region. */
-    struct {
-        uint8_t *bytes;
-        size_t begin, end, room;
-    } queue;
+    struct queue queue;
     bool full;                                    /* somebody got -EAGAIN */
     struct tcp_exposure *urgent, *normal, *quiet; /* quiet: sent or failed, until unexpose */
     struct {

@@ -7,6 +7,9 @@
 
 static const struct transport_ops *const transports[] = {
     &transport_tcp,
+#if P2PFS_HAVE_RDMA
+    &transport_rdma,
+#endif
     &transport_mem,
 };
 

@@ -91,6 +91,8 @@ struct transport_config {
     /* Limits of the bytes of shards, shared with other instances and borrowed; NULL: none. Messages do not count. */
     struct bucket *upload;
     struct bucket *download;
+    /* RDMA: "host:port" of this machine that connections to peers come from, which chooses the device; NULL: any */
+    const char *source;
 };
 
 struct transport_ops {
@@ -123,13 +125,15 @@ struct transport_ops {
                   bool urgent, struct transport_descriptor *descriptor);
     /* After return the other side cannot read the region any more; a fetch of it that is not finished fails there with
      * -EIO. TCP: pages that were already handed to the kernel are sent as they are then, so memory that is overwritten
-     * in place after an unfinished upload may arrive changed, which the digest tells; freeing it is safe. */
+     * in place after an unfinished upload may arrive changed, which the digest tells; freeing it is safe. One-sided: a
+     * read that is under way, or comes later, ends the link; so ask the other side first, where there is time. */
     void (*unexpose)(struct link *link, uint32_t id);
     /* Not one-sided: inside the `message` event that brought the descriptor, for the bytes are right behind it.
      * -EINVAL: not a descriptor of this kind, or of another length than the fetch's. -EEXIST: id is in use. */
     int (*fetch)(struct link *link, const struct transport_descriptor *descriptor,
                  struct transport_fetch *fetch);
     /* After return nothing writes the fetch's memory any more; no fetch_done comes. What still arrives is dropped.
+     * One-sided: waits for reads under way, usually far below 1 ms; the link ends when they take longer than 0.3 s.
      * Harmless for one that is over, or was never begun (link NULL). */
     void (*cancel)(struct link *link, struct transport_fetch *fetch);
     /* Ends and frees the link (queued messages are still sent where that needs no waiting): no event comes any more,
@@ -155,6 +159,7 @@ struct link {
 
 extern const struct transport_ops transport_tcp;
 extern const struct transport_ops transport_mem;
+extern const struct transport_ops transport_rdma; /* only where the build has libibverbs */
 /* By name; NULL: this build has no such transport. */
 const struct transport_ops *transport_by_name(const char *name);
 

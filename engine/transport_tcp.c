@@ -1,6 +1,5 @@
 #include <errno.h>
 #include <poll.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,6 +8,7 @@
 #include <unistd.h>
 #include <utlist.h>
 
+#include "engine/lookup.h"
 #include "engine/tcp_link.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -217,15 +217,6 @@ static void link_connect(struct tcp_link *link)
     tcp_link_break(link, link->error, "%s", strerror(-link->error));
 }
 
-struct lookup {
-    struct mailbox_item item;
-    struct mailbox *mailbox;
-    uint64_t number; /* of the link that waits */
-    int result;
-    struct tcp_addresses addresses;
-    char address[TRANSPORT_NAME_MAX + 1];
-};
-
 static void lookup_done(struct mailbox_item *item, void *arg)
 {
     struct lookup *lookup = util_container(item, struct lookup, item);
@@ -241,38 +232,6 @@ static void lookup_done(struct mailbox_item *item, void *arg)
             link_connect(link);
     }
     free(lookup);
-}
-
-/* A thread of its own: getaddrinfo(3) may take as long as it likes, and a lane may not. */
-static void *lookup_thread(void *arg)
-{
-    struct lookup *lookup = arg;
-    struct mailbox *mailbox = lookup->mailbox;
-    lookup->result = tcp_address_parse(lookup->address, true, false, &lookup->addresses);
-    mailbox_post(mailbox, &lookup->item);
-    mailbox_unref(mailbox);
-    return NULL;
-}
-
-static int lookup_start(struct tcp_link *link, const char *address)
-{
-    struct tcp_transport *t = tcp_transport_of(link->base.transport);
-    struct lookup *lookup = calloc(1, sizeof(*lookup));
-    if (!lookup)
-        return -ENOMEM;
-    lookup->item.run = lookup_done;
-    lookup->number = link->number;
-    lookup->mailbox = mailbox_ref(t->mailbox);
-    snprintf(lookup->address, sizeof(lookup->address), "%s", address);
-    pthread_t thread;
-    int r = -pthread_create(&thread, NULL, lookup_thread, lookup);
-    if (r < 0) {
-        mailbox_unref(t->mailbox);
-        free(lookup);
-        return r;
-    }
-    pthread_detach(thread);
-    return 0;
 }
 
 static int tcp_connect(struct transport *base, const char *address, uint32_t timeout_ms, void *user,
@@ -292,7 +251,7 @@ static int tcp_connect(struct transport *base, const char *address, uint32_t tim
     snprintf(link->base.peer, sizeof(link->base.peer), "%s", address);
     int r = loop_timer_set(base->loop, &link->patience, timeout_ms * 1000000ull);
     if (r == 0 && parsed == -EAGAIN)
-        r = lookup_start(link, address);
+        r = lookup_start(t->mailbox, link->number, address, lookup_done);
     if (r < 0) {
         tcp_shut(&link->base);
         return r;

@@ -15,7 +15,10 @@ static void a_connection_is_made_and_ends(void **state)
 
 static void nobody_listens(void **state)
 {
-    const char *nowhere = strcmp(kind->transport, "tcp") == 0 ? "127.0.0.1:1" : "nowhere:1";
+    char nowhere[TRANSPORT_NAME_MAX + 1];
+    snprintf(nowhere, sizeof(nowhere), "%s", kind->address);
+    *strrchr(nowhere, ':') = '\0';
+    strcat(nowhere, strcmp(kind->transport, "mem") == 0 ? "less:1" : ":1");
     assert_int_equal(ops->connect(transport, nowhere, 1000, &puller, &puller.link), 0);
     assert_int_equal(puller.downs, 0); // not inside the call
     assert_true(run_until(puller_down, 1500));
@@ -136,11 +139,12 @@ static void shards_of_all_sizes_land(void **state)
         assert_true(run_until(fetches_finished, 20000));
         assert_int_equal(puller.status[i], 0);
         assert_true(landed_right(offset, sizes[i]));
-        assert_int_equal(holder.sent, i + 1);
+        assert_int_equal(holder.sent, ops->one_sided ? 0 : i + 1);
         ops->unexpose(holder.link, i);
     }
     assert_int_equal(landing[(64u << 20) + 321 * util_count(sizes)], 0); // not a byte too far
-    assert_true(puller.link->received >= (64u << 20) && holder.link->sent == puller.link->received);
+    assert_true(puller.link->received >= (64u << 20));
+    assert_true(ops->one_sided || holder.link->sent == puller.link->received);
 }
 
 static void many_shards_at_once_and_the_urgent_one_is_not_last(void **state)
@@ -224,6 +228,7 @@ static void unexpose_on_landed(struct side *side, struct transport_fetch *fetch)
     ops->unexpose(holder.link, 1);
 }
 
+/* A one-sided transport has no other fence against a READ that is under way than the end of the connection. */
 static void a_region_taken_back_fails_the_fetch_and_not_the_link(void **state)
 {
     link_up();
@@ -234,9 +239,19 @@ static void a_region_taken_back_fails_the_fetch_and_not_the_link(void **state)
     assert_true(run_until(fetches_finished, 20000));
     assert_int_equal(puller.status[1], -EIO);
     assert_int_equal(puller.done[1], 1);
+    if (ops->one_sided) {
+        assert_true(puller.fetch[1].landed < puller.fetch[1].length);
+        assert_true(landed_right(0, puller.fetch[1].landed));
+        assert_true(run_until(puller_down, 5000));
+        assert_true(run_until(holder_down, 5000));
+        memset(&puller, 0, sizeof(puller));
+        memset(&holder, 0, sizeof(holder));
+        link_up();
+        puller.on_message = take_grant;
+    }
     puller.on_landed = NULL;
     offer(2, 77, 3000000, false);
-    awaited_fetches = 2;
+    awaited_fetches = puller.finished + 1;
     assert_true(run_until(fetches_finished, 20000));
     assert_int_equal(puller.status[2], 0);
     assert_true(landed_right(77, 3000000));
@@ -322,6 +337,8 @@ static void shut_sent(struct side *side, uint32_t id)
 static void shut_inside_every_event(void **state)
 {
     for (int event = 0; event < 7; event++) {
+        if (event == 4 && ops->one_sided)
+            continue; // nothing is sent
         memset(&puller, 0, sizeof(puller));
         memset(&holder, 0, sizeof(holder));
         if (event == 0)

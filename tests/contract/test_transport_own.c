@@ -342,6 +342,77 @@ static void mem_submit_fails(void **state)
     assert_int_equal(holder.messages, 0);
 }
 
+// -- RDMA: the fence --------------------------------------------------------------------------------
+
+static struct grant kept;
+
+static void keep_grant(struct side *side, const void *bytes, size_t length)
+{
+    assert_int_equal(length, sizeof(kept));
+    memcpy(&kept, bytes, sizeof(kept));
+}
+
+static bool grant_kept(void)
+{
+    return kept.kind == 'G';
+}
+
+static void rdma_what_was_taken_back_cannot_be_read(void **state)
+{
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 0, 1u << 20, false);
+    assert_true(run_until(grant_kept, 5000));
+    ops->unexpose(holder.link, 1);
+    memset(landing, 0x55, 1u << 20);
+    take_grant(&puller, &kept, sizeof(kept));
+    assert_true(run_until(puller_down, 5000));
+    assert_int_equal(puller.status[1], -EIO);
+    assert_int_equal(puller.done[1], 1);
+    for (size_t i = 0; i < (1u << 20); i++)
+        assert_int_equal(landing[i], 0x55);
+}
+
+static void rdma_nothing_beside_the_shard_can_be_read(void **state)
+{
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 8192, 4096, false);
+    assert_true(run_until(grant_kept, 5000));
+    kept.descriptor.bytes[21] += 1; // the lowest byte of its address: one byte further
+    memset(landing, 0x55, 1u << 20);
+    take_grant(&puller, &kept, sizeof(kept));
+    assert_true(run_until(puller_down, 5000));
+    assert_int_equal(puller.status[1], -EIO);
+    for (size_t i = 0; i < (1u << 20); i++)
+        assert_int_equal(landing[i], 0x55);
+}
+
+static void rdma_memory_that_cannot_be_written_fails_the_fetch_and_not_the_link(void **state)
+{
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 0, 4096, false);
+    assert_true(run_until(grant_kept, 5000));
+    void *nothing = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    puller.fetch[1] = (struct transport_fetch){.destination = nothing, .length = 4096, .id = 1};
+    assert_int_equal(ops->fetch(puller.link, &kept.descriptor, &puller.fetch[1]), 0);
+    awaited_fetches = 1;
+    assert_true(run_until(fetches_finished, 5000));
+    assert_true(puller.status[1] < 0);
+    assert_int_equal(puller.downs, 0);
+    munmap(nothing, 4096);
+    puller.on_message = take_grant;
+    offer(2, 5, 100000, false);
+    awaited_fetches = 2;
+    assert_true(run_until(fetches_finished, 5000));
+    assert_int_equal(puller.status[2], 0);
+    assert_true(landed_right(5, 100000));
+}
+
 // -- The table ------------------------------------------------------------------------------------
 
 static const struct story stories[] = {
@@ -359,6 +430,9 @@ static const struct story stories[] = {
     STORY(mem_loss),
     STORY(mem_short_flipped_and_stalled),
     STORY(mem_submit_fails),
+    STORY(rdma_what_was_taken_back_cannot_be_read),
+    STORY(rdma_nothing_beside_the_shard_can_be_read),
+    STORY(rdma_memory_that_cannot_be_written_fails_the_fetch_and_not_the_link),
 };
 
 int main(int argc, char **argv)

@@ -1,0 +1,134 @@
+#include "engine/rdma_device.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+
+#define DEVICE_THREADS 2
+
+static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct rdma_device *devices; /* only ever grows */
+
+static int device_open(struct ibv_context *verbs, struct rdma_device **out)
+{
+    struct rdma_device *device = calloc(1, sizeof(*device));
+    if (!device)
+        return -ENOMEM;
+    device->verbs = verbs;
+    int r = -ibv_query_device(verbs, &device->limits);
+    if (r < 0)
+        goto free_device;
+    device->pd = ibv_alloc_pd(verbs);
+    if (!device->pd) {
+        r = errno ? -errno : -ENOMEM;
+        goto free_device;
+    }
+    r = work_open(DEVICE_THREADS, &device->work);
+    if (r < 0)
+        goto free_domain;
+    *out = device;
+    return 0;
+
+free_domain:
+    ibv_dealloc_pd(device->pd);
+free_device:
+    free(device);
+    return r;
+}
+
+int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device)
+{
+    int r = 0;
+    pthread_mutex_lock(&devices_lock);
+    struct rdma_device *found = devices;
+    while (found && found->verbs != verbs)
+        found = found->next;
+    if (!found) {
+        r = device_open(verbs, &found);
+        if (r == 0) {
+            found->next = devices;
+            devices = found;
+        }
+    }
+    pthread_mutex_unlock(&devices_lock);
+    *device = found;
+    return r;
+}
+
+static void registering_failed(struct rdma_device *device, size_t length, int error)
+{
+    static atomic_bool said;
+    struct rlimit limit;
+    if (atomic_exchange(&said, true))
+        return;
+    const char *name = ibv_get_device_name(device->verbs->device);
+    bool limited = (error == ENOMEM || error == EPERM || error == EAGAIN) &&
+                   getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+    if (limited)
+        log_error(
+            "%s: %zu bytes cannot be registered for RDMA: this process may lock %llu KiB of memory; raise it "
+            "(ulimit -l unlimited, LimitMEMLOCK=infinity for systemd, --ulimit memlock=-1 for containers)",
+            name, length, (unsigned long long)limit.rlim_cur / 1024);
+    else
+        log_error("%s: %zu bytes cannot be registered for RDMA: %s", name, length, strerror(error));
+}
+
+int rdma_memory_register(struct rdma_device *device, void *address, size_t length, int access,
+                         struct ibv_mr **region)
+{
+    *region = ibv_reg_mr(device->pd, address, length, access);
+    if (*region)
+        return 0;
+    int error = errno ? errno : ENOMEM;
+    registering_failed(device, length, error);
+    return -error;
+}
+
+struct retirement {
+    struct work_job job;
+    struct ibv_mr *region;
+};
+
+static void retire_run(struct work_job *job)
+{
+    struct retirement *retirement = util_container(job, struct retirement, job);
+    ibv_dereg_mr(retirement->region);
+    free(retirement);
+}
+
+void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region)
+{
+    if (!region)
+        return;
+    struct retirement *retirement = malloc(sizeof(*retirement));
+    if (!retirement) {
+        ibv_dereg_mr(region);
+        return;
+    }
+    *retirement = (struct retirement){.job.run = retire_run, .region = region};
+    work_post(device->work, &retirement->job);
+}
+
+static void register_run(struct work_job *job)
+{
+    struct rdma_registration *r = util_container(job, struct rdma_registration, job);
+    struct mailbox *mailbox = r->mailbox;
+    // what lands may be written in any order: it is looked at when the READ is over
+    r->error =
+        rdma_memory_register(r->device, r->address, r->length,
+                             IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING, &r->region);
+    mailbox_post(mailbox, &r->item);
+    mailbox_unref(mailbox);
+}
+
+void rdma_memory_register_later(struct rdma_registration *registration)
+{
+    registration->job.run = register_run;
+    work_post_urgent(registration->device->work, &registration->job);
+}

@@ -1,0 +1,45 @@
+/* Rdma_device: a network adapter that does RDMA, as this process uses it: one protection domain that all lanes share,
+ * and threads that register memory, for registering pins pages and a lane may not wait for that.
+ *
+ * Devices live as long as the process, as they do inside librdmacm. Any thread. */
+#ifndef P2PFS_ENGINE_RDMA_DEVICE_H
+#define P2PFS_ENGINE_RDMA_DEVICE_H
+
+#include <infiniband/verbs.h>
+
+#include "engine/mailbox.h"
+#include "engine/work.h"
+
+struct rdma_device {
+    struct ibv_context *verbs;
+    struct ibv_pd *pd;
+    struct ibv_device_attr limits;
+    struct work *work;
+    struct rdma_device *next;
+};
+
+/* For the context that librdmacm opened. 0, or negative errno. */
+int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device);
+
+/* Registers memory at once. 0; -ENOMEM with one line in the log that names the remedy, when it is the limit of locked
+ * memory; another negative errno. */
+int rdma_memory_register(struct rdma_device *device, void *address, size_t length, int access,
+                         struct ibv_mr **region);
+/* Deregisters on a thread of the device, later. NULL is harmless. */
+void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region);
+
+/* Registers for local writing on a thread of the device; `item` is then posted to the mailbox. Owned by the caller
+ * until then, but for the region, which whoever runs the item takes. */
+struct rdma_registration {
+    struct mailbox_item item; /* run: set by the caller */
+    struct mailbox *mailbox;  /* a reference, dropped when it has been posted */
+    struct rdma_device *device;
+    void *address;
+    size_t length;
+    struct ibv_mr *region; /* NULL: `error` tells */
+    int error;
+    struct work_job job; /* the device's */
+};
+void rdma_memory_register_later(struct rdma_registration *registration);
+
+#endif

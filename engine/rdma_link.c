@@ -1,0 +1,699 @@
+#include "engine/rdma_link.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <utlist.h>
+
+#include "meta/base/buf.h"
+#include "meta/base/log.h"
+#include "meta/base/util.h"
+
+/* READs under way: as few as keep the device busy, for a cancelled fetch has to wait for its own. More when they come
+ * back soon, fewer when they take long. */
+#define READS_FIRST    2
+#define READ_SOON_NS   1000000ull
+#define READ_LONG_NS   4000000ull
+#define CANCEL_WAIT_NS 300000000ull
+#define SPIN_MAX_NS    20000ull
+#define SPIN_FIRST_NS  1000ull
+#define HEARTBEAT_NS   2000000000ull
+#define MESSAGE_HEAD   4 /* in the queue, before each message */
+
+enum frame_kind { FRAME_MESSAGE = 1, FRAME_CREDITS };
+enum work_kind { WORK_RECEIVE, WORK_SEND, WORK_READ }; /* wr_id: kind * 256 + buffer */
+
+// -- Buffers and the queue pair -------------------------------------------------------------------
+
+static uint8_t *slot_receive(const struct rdma_link *link, unsigned slot)
+{
+    return link->frames + (size_t)slot * RDMA_FRAME_BYTES;
+}
+
+static uint8_t *slot_send(const struct rdma_link *link, unsigned slot)
+{
+    return link->frames + (size_t)(RDMA_FRAMES + slot) * RDMA_FRAME_BYTES;
+}
+
+static int receive_post(struct rdma_link *link, unsigned slot)
+{
+    struct ibv_sge piece = {.addr = (uintptr_t)slot_receive(link, slot),
+                            .length = RDMA_FRAME_BYTES,
+                            .lkey = link->frames_region->lkey};
+    struct ibv_recv_wr request = {
+        .wr_id = WORK_RECEIVE * 256 + slot, .sg_list = &piece, .num_sge = 1};
+    struct ibv_recv_wr *bad;
+    return -ibv_post_recv(link->id->qp, &request, &bad);
+}
+
+static unsigned at_most(unsigned wanted, int limit)
+{
+    return limit > 0 && (unsigned)limit < wanted ? (unsigned)limit : wanted;
+}
+
+int rdma_link_pair(struct rdma_link *link, struct rdma_completions *completions)
+{
+    struct rdma_device *device = completions->device;
+    const struct ibv_device_attr *limits = &device->limits;
+    size_t bytes = 2ull * RDMA_FRAMES * RDMA_FRAME_BYTES;
+    link->device = device;
+    link->reads_limit = at_most(RDMA_READS, limits->max_qp_init_rd_atom);
+    link->reads_window = at_most(READS_FIRST, (int)link->reads_limit);
+    struct ibv_qp_init_attr wanted = {
+        .qp_type = IBV_QPT_RC,
+        .cap = {.max_send_wr = RDMA_FRAMES + link->reads_limit,
+                .max_recv_wr = RDMA_FRAMES,
+                .max_send_sge = 1,
+                .max_recv_sge = 1},
+        .sq_sig_all = 1,
+    };
+    int entries = (int)(wanted.cap.max_send_wr + wanted.cap.max_recv_wr);
+    if (limits->max_qp_wr < (int)wanted.cap.max_send_wr || limits->max_cqe < entries)
+        return -ENOSPC;
+    link->frames = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (link->frames == MAP_FAILED) {
+        link->frames = NULL;
+        return -ENOMEM;
+    }
+    int r = rdma_memory_register(device, link->frames, bytes, IBV_ACCESS_LOCAL_WRITE,
+                                 &link->frames_region);
+    if (r < 0)
+        return r;
+    link->queue_pair_events = ibv_create_cq(device->verbs, entries, link, completions->channel, 0);
+    if (!link->queue_pair_events)
+        return errno ? -errno : -ENOMEM;
+    wanted.send_cq = wanted.recv_cq = link->queue_pair_events;
+    if (rdma_create_qp(link->id, device->pd, &wanted) < 0)
+        return -errno;
+    for (unsigned i = 0; i < RDMA_FRAMES; i++) {
+        link->idle_slots[i] = (uint8_t)i;
+        r = receive_post(link, i);
+        if (r < 0)
+            return r;
+    }
+    link->idle_count = RDMA_FRAMES;
+    return -ibv_req_notify_cq(link->queue_pair_events, 0);
+}
+
+void rdma_link_unpair(struct rdma_link *link)
+{
+    if (!link->id)
+        return;
+    if (link->queue_pair_events)
+        rdma_link_collect(link); // what arrived before the end
+    rdma_disconnect(link->id);   // harmless when it was never connected
+    if (link->id->qp)
+        rdma_destroy_qp(link->id);
+    rdma_destroy_id(link->id); // no event of it comes any more
+    link->id = NULL;
+    if (link->queue_pair_events)
+        ibv_destroy_cq(link->queue_pair_events);
+    link->queue_pair_events = NULL;
+}
+
+void rdma_link_forget(struct rdma_link *link)
+{
+    if (link->frames_region)
+        ibv_dereg_mr(link->frames_region);
+    if (link->frames)
+        munmap(link->frames, 2ull * RDMA_FRAMES * RDMA_FRAME_BYTES);
+    queue_free(&link->queue);
+    free(link->assembly);
+    link->frames = link->assembly = NULL;
+    link->frames_region = NULL;
+}
+
+// -- Completions ----------------------------------------------------------------------------------
+
+static void completion_failed(struct rdma_link *link, const struct ibv_wc *wc)
+{
+    switch (wc->status) {
+    case IBV_WC_WR_FLUSH_ERR:
+        rdma_link_break(link, -ECONNRESET, "the connection ended");
+        break;
+    case IBV_WC_RETRY_EXC_ERR:
+    case IBV_WC_RNR_RETRY_EXC_ERR:
+        rdma_link_break(link, -ETIMEDOUT, "the other side stopped answering");
+        break;
+    case IBV_WC_REM_ACCESS_ERR:
+        rdma_link_break(link, -EIO, "it took a shard back while it was being read");
+        break;
+    default:
+        rdma_link_break(link, -EIO, "RDMA failed: %s", ibv_wc_status_str(wc->status));
+        break;
+    }
+}
+
+static void read_complete(struct rdma_link *link, const struct ibv_wc *wc)
+{
+    struct rdma_pull *pull = link->reads[link->reads_begin].pull;
+    uint32_t length = link->reads[link->reads_begin].length;
+    uint64_t took = link->heard_ns - link->reads[link->reads_begin].posted_ns;
+    link->reads_begin = (link->reads_begin + 1) % RDMA_READS;
+    link->reads_count--;
+    pull->under_way--;
+    if (wc->status != IBV_WC_SUCCESS)
+        return;
+    pull->landed += length;
+    if (took < READ_SOON_NS && link->reads_window < link->reads_limit)
+        link->reads_window++;
+    else if (took > READ_LONG_NS && link->reads_window > READS_FIRST)
+        link->reads_window--;
+}
+
+static void completion_take(struct rdma_link *link, const struct ibv_wc *wc)
+{
+    unsigned slot = wc->wr_id % 256;
+    switch ((enum work_kind)(wc->wr_id / 256)) {
+    case WORK_RECEIVE:
+        if (wc->status == IBV_WC_SUCCESS) {
+            unsigned at = (link->arrived_begin + link->arrived_count++) % RDMA_FRAMES;
+            link->arrived[at].slot = (uint8_t)slot;
+            link->arrived[at].length = wc->byte_len;
+        }
+        break;
+    case WORK_SEND:
+        link->idle_slots[link->idle_count++] = (uint8_t)slot;
+        break;
+    case WORK_READ:
+        read_complete(link, wc);
+        break;
+    }
+}
+
+void rdma_link_collect(struct rdma_link *link)
+{
+    struct ibv_wc list[16];
+    int count;
+    struct ibv_wc failed = {.status = IBV_WC_SUCCESS};
+    while ((count = ibv_poll_cq(link->queue_pair_events, (int)util_count(list), list)) > 0) {
+        link->heard_ns = util_now_ns();
+        rdma_link_mark(link);
+        for (int i = 0; i < count; i++) {
+            completion_take(link, &list[i]);
+            // the first failure tells why; the rest is flushed because of it
+            if (list[i].status != IBV_WC_SUCCESS && failed.status == IBV_WC_SUCCESS)
+                failed = list[i];
+        }
+    }
+    if (failed.status != IBV_WC_SUCCESS && link->state == RDMA_OPEN) {
+        log_debug("%s: RDMA completion: %s (vendor error 0x%x)", link->base.peer,
+                  ibv_wc_status_str(failed.status), failed.vendor_err);
+        completion_failed(link, &failed);
+    }
+}
+
+// -- Sending --------------------------------------------------------------------------------------
+
+static void frame_send(struct rdma_link *link, enum frame_kind kind, bool more, size_t length,
+                       const uint8_t *bytes)
+{
+    uint8_t slot = link->idle_slots[--link->idle_count];
+    uint8_t *frame = slot_send(link, slot);
+    struct buf b = buf_over(frame, RDMA_FRAME_BYTES);
+    buf_put_u8(&b, (uint8_t)kind);
+    buf_put_u8(&b, more);
+    buf_put_u16(&b, (uint16_t)link->owed);
+    buf_put_u32(&b, (uint32_t)length);
+    if (length > 0)
+        memcpy(frame + RDMA_HEAD_BYTES, bytes, length);
+    struct ibv_sge piece = {.addr = (uintptr_t)frame,
+                            .length = (uint32_t)(RDMA_HEAD_BYTES + length),
+                            .lkey = link->frames_region->lkey};
+    struct ibv_send_wr request = {
+        .wr_id = WORK_SEND * 256 + slot, .sg_list = &piece, .num_sge = 1, .opcode = IBV_WR_SEND};
+    struct ibv_send_wr *bad;
+    int error = ibv_post_send(link->id->qp, &request, &bad);
+    if (error) {
+        link->idle_slots[link->idle_count++] = slot;
+        rdma_link_break(link, -error, "a message cannot be sent: %s", strerror(error));
+        return;
+    }
+    link->owed = 0;
+    link->credits--;
+}
+
+void rdma_link_push(struct rdma_link *link)
+{
+    while (link->state == RDMA_OPEN && queue_length(&link->queue) > 0 && link->credits > 1 &&
+           link->idle_count > 0) {
+        uint8_t *head = link->queue.bytes + link->queue.begin;
+        struct buf b = buf_over(head, MESSAGE_HEAD);
+        size_t whole = buf_get_u32(&b);
+        size_t left = whole - link->sent_of;
+        size_t length = left;
+        if (length > RDMA_FRAME_BYTES - RDMA_HEAD_BYTES)
+            length = RDMA_FRAME_BYTES - RDMA_HEAD_BYTES;
+        frame_send(link, FRAME_MESSAGE, length < left, length, head + MESSAGE_HEAD + link->sent_of);
+        link->sent_of += length;
+        if (length == left) {
+            link->sent_of = 0;
+            queue_drop(&link->queue, MESSAGE_HEAD + whole);
+        }
+    }
+    if (link->state == RDMA_OPEN && link->owed >= RDMA_FRAMES / 2 && link->credits > 0 &&
+        link->idle_count > 0)
+        frame_send(link, FRAME_CREDITS, false, 0, NULL);
+}
+
+void rdma_link_heartbeat(struct rdma_link *link, uint64_t now_ns)
+{
+    // an unanswered frame fails by itself when the device has repeated it in vain
+    if (link->state == RDMA_OPEN && now_ns - link->heard_ns > HEARTBEAT_NS && link->credits > 1 &&
+        link->idle_count == RDMA_FRAMES)
+        frame_send(link, FRAME_CREDITS, false, 0, NULL);
+}
+
+int rdma_link_send(struct link *base, const void *message, size_t length)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    if (length > TRANSPORT_MESSAGE_MAX)
+        return -EMSGSIZE;
+    if (link->state != RDMA_OPEN)
+        return -ENOTCONN;
+    if (queue_length(&link->queue) + MESSAGE_HEAD + length > RDMA_QUEUE_BYTES) {
+        link->full = true;
+        return -EAGAIN;
+    }
+    uint8_t *at = queue_reserve(&link->queue, MESSAGE_HEAD + length);
+    if (!at)
+        return -ENOMEM;
+    struct buf b = buf_over(at, MESSAGE_HEAD);
+    buf_put_u32(&b, (uint32_t)length);
+    if (length > 0)
+        memcpy(at + MESSAGE_HEAD, message, length);
+    rdma_link_mark(link);
+    return 0;
+}
+
+// -- Receiving ------------------------------------------------------------------------------------
+
+static void message_part(struct rdma_link *link, const uint8_t *bytes, size_t length, bool more)
+{
+    const struct transport_events *events = link->base.transport->events;
+    if (!more && link->assembled == 0) {
+        events->message(&link->base, bytes, length);
+        return;
+    }
+    if (!link->assembly)
+        link->assembly = malloc(TRANSPORT_MESSAGE_MAX);
+    if (!link->assembly) {
+        rdma_link_break(link, -ENOMEM, "out of memory");
+        return;
+    }
+    if (length == 0 || length > TRANSPORT_MESSAGE_MAX - link->assembled) {
+        rdma_link_break(link, -EPROTO, "it sent a message that is too long");
+        return;
+    }
+    memcpy(link->assembly + link->assembled, bytes, length);
+    link->assembled += length;
+    if (more)
+        return;
+    length = link->assembled;
+    link->assembled = 0;
+    events->message(&link->base, link->assembly, length);
+}
+
+static void frame_take(struct rdma_link *link, const uint8_t *frame, uint32_t bytes)
+{
+    struct buf b = buf_over((void *)frame, bytes);
+    uint8_t kind = buf_get_u8(&b);
+    uint8_t more = buf_get_u8(&b);
+    uint16_t credits = buf_get_u16(&b);
+    uint32_t length = buf_get_u32(&b);
+    const uint8_t *payload = buf_get_view(&b, length);
+    if (buf_end(&b) < 0 || more > 1 || (kind != FRAME_MESSAGE && kind != FRAME_CREDITS) ||
+        credits > RDMA_FRAMES || link->credits + credits > RDMA_FRAMES) {
+        rdma_link_break(link, -EPROTO, "it sent a malformed frame");
+        return;
+    }
+    link->credits += credits;
+    if (kind == FRAME_MESSAGE)
+        message_part(link, payload, length, more);
+}
+
+/* One frame that has arrived is told; its buffer is posted again. False: there was none. */
+static bool arrived_tell(struct rdma_link *link)
+{
+    if (link->arrived_count == 0)
+        return false;
+    unsigned slot = link->arrived[link->arrived_begin].slot;
+    uint32_t length = link->arrived[link->arrived_begin].length;
+    link->arrived_begin = (link->arrived_begin + 1) % RDMA_FRAMES;
+    link->arrived_count--;
+    frame_take(link, slot_receive(link, slot), length);
+    if (link->item.dead || link->state != RDMA_OPEN)
+        return true;
+    int r = receive_post(link, slot);
+    if (r < 0)
+        rdma_link_break(link, r, "a buffer cannot be posted: %s", strerror(-r));
+    else
+        link->owed++;
+    return true;
+}
+
+// -- Shards that this side offers -----------------------------------------------------------------
+
+static struct rdma_exposure *exposure_find(struct rdma_link *link, uint32_t id)
+{
+    struct rdma_exposure *e;
+    LL_SEARCH_SCALAR(link->exposures, e, id, id);
+    return e;
+}
+
+static void exposure_end(struct rdma_exposure *e)
+{
+    if (e->region)
+        ibv_dereg_mr(e->region);
+    if (e->map)
+        munmap(e->map, e->map_length);
+    free(e);
+}
+
+/* The region's bytes in memory: where the caller has them, or mapped for this. */
+static int exposure_map(struct rdma_exposure *e, const struct transport_region *region, void **at)
+{
+    if (region->map) {
+        *at = (void *)region->map;
+        return 0;
+    }
+    size_t slack = (size_t)region->offset % (size_t)sysconf(_SC_PAGESIZE);
+    e->map_length = region->length + slack;
+    e->map =
+        mmap(NULL, e->map_length, PROT_READ, MAP_SHARED, region->fd, region->offset - (off_t)slack);
+    if (e->map == MAP_FAILED) {
+        e->map = NULL;
+        return -errno;
+    }
+    *at = (uint8_t *)e->map + slack;
+    return 0;
+}
+
+int rdma_link_expose(struct link *base, uint32_t id, const struct transport_region *region,
+                     bool urgent, struct transport_descriptor *descriptor)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    if (link->state != RDMA_OPEN)
+        return -ENOTCONN;
+    if (exposure_find(link, id))
+        return -EEXIST;
+    struct rdma_exposure *e = calloc(1, sizeof(*e));
+    if (!e)
+        return -ENOMEM;
+    e->id = id;
+    void *at = NULL;
+    int r = region->length > 0 ? exposure_map(e, region, &at) : 0;
+    if (r == 0 && region->length > 0)
+        r = rdma_memory_register(link->device, at, region->length, IBV_ACCESS_REMOTE_READ,
+                                 &e->region);
+    if (r < 0) {
+        exposure_end(e);
+        return r;
+    }
+    LL_PREPEND(link->exposures, e);
+    struct buf b = buf_over(descriptor->bytes, sizeof(descriptor->bytes));
+    buf_put_u8(&b, 'R');
+    buf_put_u8(&b, urgent);
+    buf_put_u32(&b, id);
+    buf_put_u64(&b, region->length);
+    buf_put_u64(&b, (uintptr_t)at);
+    buf_put_u32(&b, e->region ? e->region->rkey : 0);
+    descriptor->length = (uint8_t)b.at;
+    return 0;
+}
+
+void rdma_link_unexpose(struct link *base, uint32_t id)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    struct rdma_exposure *e = exposure_find(link, id);
+    if (!e)
+        return;
+    LL_DELETE(link->exposures, e);
+    int error = e->region ? ibv_dereg_mr(e->region) : 0;
+    if (error) // the fence that always holds; without a queue pair nothing can be read
+        rdma_link_break(link, -error, "memory cannot be taken back: %s", strerror(error));
+    else
+        e->region = NULL;
+    exposure_end(e);
+}
+
+// -- Shards that this side reads ------------------------------------------------------------------
+
+/* The pull is over; its memory is not touched any more. */
+static struct transport_fetch *pull_end(struct rdma_link *link, struct rdma_pull *pull)
+{
+    struct transport_fetch *fetch = pull->fetch;
+    DL_DELETE(link->pulls, pull);
+    rdma_memory_retire(link->device, pull->region);
+    free(pull);
+    fetch->link = NULL;
+    fetch->state = NULL;
+    return fetch;
+}
+
+struct pull_registration {
+    struct rdma_registration registration;
+    uint64_t link;
+    uint64_t pull;
+};
+
+static void pull_registered(struct mailbox_item *item, void *arg)
+{
+    struct rdma_registration *r = util_container(item, struct rdma_registration, item);
+    struct pull_registration *mine = util_container(r, struct pull_registration, registration);
+    struct rdma_transport *t = arg;
+    struct rdma_link *link = NULL;
+    struct rdma_pull *pull = NULL;
+    if (t)
+        DL_SEARCH_SCALAR(t->links, link, number, mine->link);
+    if (link)
+        DL_SEARCH_SCALAR(link->pulls, pull, serial, mine->pull);
+    if (pull) {
+        pull->region = r->region;
+        pull->error = r->error;
+        pull->over = r->error < 0;
+        rdma_link_mark(link);
+    } else {
+        rdma_memory_retire(r->device, r->region);
+    }
+    free(mine);
+}
+
+static int pull_register(struct rdma_link *link, struct rdma_pull *pull)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    struct pull_registration *mine = calloc(1, sizeof(*mine));
+    if (!mine)
+        return -ENOMEM;
+    mine->link = link->number;
+    mine->pull = pull->serial;
+    mine->registration = (struct rdma_registration){.item.run = pull_registered,
+                                                    .mailbox = mailbox_ref(t->mailbox),
+                                                    .device = link->device,
+                                                    .address = pull->fetch->destination,
+                                                    .length = pull->fetch->length};
+    rdma_memory_register_later(&mine->registration);
+    return 0;
+}
+
+int rdma_link_fetch(struct link *base, const struct transport_descriptor *descriptor,
+                    struct transport_fetch *fetch)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    struct buf b = buf_over((void *)descriptor->bytes, descriptor->length);
+    uint8_t kind = buf_get_u8(&b);
+    uint8_t urgent = buf_get_u8(&b);
+    uint32_t id = buf_get_u32(&b);
+    uint64_t length = buf_get_u64(&b);
+    uint64_t address = buf_get_u64(&b);
+    uint32_t rkey = buf_get_u32(&b);
+    if (buf_end(&b) < 0 || kind != 'R' || urgent > 1 || id != fetch->id || length != fetch->length)
+        return -EINVAL;
+    if (link->state != RDMA_OPEN)
+        return -ENOTCONN;
+    struct rdma_pull *pull;
+    DL_FOREACH(link->pulls, pull) {
+        if (pull->fetch->id == id)
+            return -EEXIST;
+    }
+    pull = calloc(1, sizeof(*pull));
+    if (!pull)
+        return -ENOMEM;
+    pull->fetch = fetch;
+    pull->serial = ++rdma_transport_of(base->transport)->last_number;
+    pull->address = address;
+    pull->rkey = rkey;
+    pull->urgent = urgent;
+    int r = length > 0 ? pull_register(link, pull) : 0;
+    if (r < 0) {
+        free(pull);
+        return r;
+    }
+    DL_APPEND(link->pulls, pull);
+    fetch->landed = 0;
+    fetch->link = base;
+    fetch->state = pull;
+    rdma_link_mark(link);
+    return 0;
+}
+
+void rdma_link_cancel(struct link *base, struct transport_fetch *fetch)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    if (fetch->link != base)
+        return; // it is over, or never began
+    struct rdma_pull *pull = fetch->state;
+    pull->over = true;
+    // READs cannot be called back: the few that are under way come home, or the queue pair ends
+    uint64_t patience = util_now_ns() + CANCEL_WAIT_NS;
+    while (pull->under_way > 0 && link->state == RDMA_OPEN && util_now_ns() < patience)
+        rdma_link_collect(link);
+    if (pull->under_way > 0)
+        rdma_link_break(link, -ETIMEDOUT, "a READ that is not wanted any more does not end");
+    pull_end(link, pull);
+}
+
+static struct rdma_pull *pull_next(struct rdma_link *link)
+{
+    struct rdma_pull *pull, *first = NULL;
+    DL_FOREACH(link->pulls, pull) {
+        if (!pull->region || pull->over || pull->asked == pull->fetch->length)
+            continue;
+        if (pull->urgent || pull->fetch->urgent)
+            return pull;
+        first = first ? first : pull;
+    }
+    return first;
+}
+
+void rdma_link_pace_stop(struct rdma_link *link)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    loop_timer_clear(t->base.loop, &link->pace);
+    if (t->download)
+        bucket_leave(t->download, &link->ticket);
+}
+
+void rdma_link_pace_due(struct loop_timer *timer)
+{
+    rdma_link_mark(util_container(timer, struct rdma_link, pace));
+}
+
+/* How many of `wanted` bytes may be read now; 0: the timer tells when to ask again. */
+static size_t pace_take(struct rdma_link *link, const struct rdma_pull *pull, size_t wanted)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    uint64_t wait_ns = 0;
+    if (!t->download || bucket_rate(t->download) == 0)
+        return wanted;
+    size_t given = bucket_take(t->download, &link->ticket, wanted, pull->fetch->urgent,
+                               util_now_ns(), &wait_ns);
+    if (given == 0 && loop_timer_set(t->base.loop, &link->pace, wait_ns) < 0)
+        rdma_link_break(link, -ENOMEM, "out of memory");
+    return given;
+}
+
+static int read_post(struct rdma_link *link, struct rdma_pull *pull, size_t length)
+{
+    struct ibv_sge piece = {.addr = (uintptr_t)pull->fetch->destination + pull->asked,
+                            .length = (uint32_t)length,
+                            .lkey = pull->region->lkey};
+    struct ibv_send_wr request = {
+        .wr_id = WORK_READ * 256,
+        .sg_list = &piece,
+        .num_sge = 1,
+        .opcode = IBV_WR_RDMA_READ,
+        .wr.rdma = {.remote_addr = pull->address + pull->asked, .rkey = pull->rkey}};
+    struct ibv_send_wr *bad;
+    int error = ibv_post_send(link->id->qp, &request, &bad);
+    if (error)
+        return -error;
+    unsigned at = (link->reads_begin + link->reads_count++) % RDMA_READS;
+    link->reads[at].pull = pull;
+    link->reads[at].length = (uint32_t)length;
+    link->reads[at].posted_ns = util_now_ns();
+    pull->under_way++;
+    pull->asked += length;
+    return 0;
+}
+
+static void reads_post(struct rdma_link *link)
+{
+    struct rdma_pull *pull = NULL;
+    while (link->state == RDMA_OPEN && link->reads_count < link->reads_window &&
+           (pull = pull_next(link))) {
+        size_t length = pull->fetch->length - pull->asked;
+        if (length > RDMA_SLICE_BYTES)
+            length = RDMA_SLICE_BYTES;
+        length = pace_take(link, pull, length);
+        if (length == 0)
+            return;
+        int r = read_post(link, pull, length);
+        if (r < 0)
+            rdma_link_break(link, r, "a READ cannot be posted: %s", strerror(-r));
+    }
+    if (!pull)
+        rdma_link_pace_stop(link); // nothing waits: others need not wait for it
+}
+
+/* One pull of which there is news is told. False: there was none. */
+static bool pull_tell(struct rdma_link *link)
+{
+    const struct transport_events *events = link->base.transport->events;
+    struct rdma_pull *pull;
+    DL_FOREACH(link->pulls, pull) {
+        struct transport_fetch *fetch = pull->fetch;
+        if (pull->landed > fetch->landed) {
+            link->base.received += pull->landed - fetch->landed;
+            fetch->landed = pull->landed;
+            events->fetch_landed(&link->base, fetch);
+            return true;
+        }
+        if (pull->landed == fetch->length || (pull->over && pull->under_way == 0)) {
+            int status = pull->landed == fetch->length ? 0 : pull->error;
+            events->fetch_done(&link->base, pull_end(link, pull), status);
+            return true;
+        }
+    }
+    return false;
+}
+
+// -- The turn -------------------------------------------------------------------------------------
+
+/* A completion that comes within microseconds costs less to wait for than to be woken for. */
+static void spin(struct rdma_link *link)
+{
+    if (link->state != RDMA_OPEN || link->reads_count == 0 || link->spin_ns == 0)
+        return;
+    uint64_t heard = link->heard_ns, until = util_now_ns() + link->spin_ns;
+    do {
+        rdma_link_collect(link);
+    } while (link->heard_ns == heard && link->state == RDMA_OPEN && util_now_ns() < until);
+    if (link->heard_ns == heard)
+        link->spin_ns /= 2;
+    else if (link->spin_ns < SPIN_MAX_NS)
+        link->spin_ns *= 2;
+}
+
+void rdma_link_turn(struct rdma_link *link)
+{
+    while (!link->item.dead && arrived_tell(link))
+        ;
+    while (!link->item.dead && pull_tell(link))
+        ;
+    if (link->item.dead || link->state != RDMA_OPEN)
+        return;
+    if (link->full && queue_length(&link->queue) <= RDMA_QUEUE_BYTES / 2) {
+        link->full = false;
+        link->base.transport->events->writable(&link->base);
+        if (link->item.dead)
+            return;
+    }
+    reads_post(link);
+    rdma_link_push(link);
+    if (link->reads_count > 0 && link->spin_ns == 0 && link->reads_window > READS_FIRST)
+        link->spin_ns = SPIN_FIRST_NS; // READs have become quick: polling on may pay
+    spin(link);
+}
