@@ -24,6 +24,7 @@ struct core_counters {
     atomic_ullong bytes_received, bytes_served, bytes_written;
     atomic_ullong shards_fetched, shards_served, shards_corrupt, shards_failed;
     atomic_ullong reads_hit, reads_waited, reads_failed, pulls_completed, evictions, links_refused;
+    atomic_ullong bytes_rdma, rdma_failures;
     atomic_ullong asks_refused;                  /* answered with BUSY */
     atomic_ullong shards_hedged;                 /* asked twice */
     atomic_ullong asks_busy;                     /* ours that peers answered with BUSY */
@@ -35,6 +36,9 @@ struct engine {
     struct engine_config config; /* strings owned */
     const struct digest_ops *digest;
     const struct transport_ops *transport;
+    const struct transport_ops *fast; /* RDMA beside it; NULL: none, and fast_why tells why */
+    char fast_why[160];
+    char fast_address[TRANSPORT_NAME_MAX + 1];
     struct storage *storage;
     struct cache *cache;
     struct work *work;

@@ -11,6 +11,7 @@
 #include "engine/bounce.h"
 #include "engine/cache.h"
 #include "engine/draft.h"
+#include "engine/fast.h"
 #include "engine/inplace.h"
 #include "engine/lane.h"
 #include "engine/peers.h"
@@ -121,7 +122,7 @@ static int lanes_open(struct engine *engine, char **error)
         }
         engine->lane_count++;
     }
-    return 0;
+    return fast_open(engine, error);
 }
 
 static void lanes_stop(struct engine *engine)
@@ -217,6 +218,11 @@ free_engine:
 const char *engine_address(const struct engine *engine)
 {
     return engine->address;
+}
+
+const char *engine_rdma_address(const struct engine *engine)
+{
+    return engine->fast ? engine->fast_address : "";
 }
 
 void engine_adopt(struct engine *engine)
@@ -605,21 +611,23 @@ static void info_fill(struct replica *r, struct engine_info *out)
     pthread_mutex_lock(&r->lock);
     enum engine_state state = state_of(r);
     bool here = state == ENGINE_COMPLETE || r->inplace || r->draft;
-    *out = (struct engine_info){.state = state,
-                                .size = r->version.size,
-                                .shard_size = r->version.shard_size,
-                                .shards = r->shards,
-                                .shards_present = atomic_load(&r->present),
-                                .resident = atomic_load(&r->resident),
-                                .sources = r->sources,
-                                .pinned = r->pinned,
-                                .sealed = r->version.sealed,
-                                .open = r->opens,
-                                .digest = r->version.digest,
-                                .transport = here && !r->pull_started_ns ? "local"
-                                             : r->pull_started_ns ? r->engine->transport->name
-                                                                  : "",
-                                .error = r->error};
+    *out =
+        (struct engine_info){.state = state,
+                             .size = r->version.size,
+                             .shard_size = r->version.shard_size,
+                             .shards = r->shards,
+                             .shards_present = atomic_load(&r->present),
+                             .resident = atomic_load(&r->resident),
+                             .sources = r->sources,
+                             .pinned = r->pinned,
+                             .sealed = r->version.sealed,
+                             .open = r->opens,
+                             .digest = r->version.digest,
+                             .transport = here && !r->pull_started_ns ? "local"
+                                          : !r->pull_started_ns       ? ""
+                                          : atomic_load(&r->by_rdma)  ? "rdma"
+                                                                      : r->engine->transport->name,
+                             .error = r->error};
     memcpy(out->root, r->version.root, sizeof out->root);
     snprintf(out->reason, sizeof out->reason, "%s", r->error && r->reason ? r->reason : "");
     pthread_mutex_unlock(&r->lock);
@@ -695,6 +703,9 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
                               .queued_ns = atomic_load(&c->queued_ns),
                               .wire_ns = atomic_load(&c->wire_ns),
                               .verify_ns = atomic_load(&c->verify_ns),
+                              .bytes_rdma = atomic_load(&c->bytes_rdma),
+                              .rdma_failures = atomic_load(&c->rdma_failures),
+                              .rdma_why = engine->fast_why,
                               .storage = storage_kind(engine->storage),
                               .storage_why = storage_why(engine->storage),
                               .loop = loop_is_uring(engine->lanes[0]->loop) ? "io_uring" : "epoll",

@@ -20,12 +20,20 @@
 struct engine;
 struct replica; /* one version's bytes on this node; opaque, counted by open and close */
 
+enum engine_rdma {
+    ENGINE_RDMA_OFF,
+    ENGINE_RDMA_AUTO, /* beside the transport, with peers that both ends reach over it */
+    ENGINE_RDMA_ON,   /* the same; engine_open fails where this machine has none */
+    ENGINE_RDMA_ONLY  /* no byte moves by other ways */
+};
+
 struct engine_config {
     struct catalog *catalog; /* borrowed for the engine's life */
     const char *node;        /* this node's name and incarnation; as announced */
     uint64_t boot;
-    const char *listen;     /* "host:port"; port 0: any */
-    const char *transport;  /* "tcp" */
+    const char *listen;    /* "host:port"; port 0: any */
+    const char *transport; /* "tcp" */
+    enum engine_rdma rdma;
     const char *congestion; /* or NULL */
     uint64_t cache_size;   /* bytes of replicas in memory (files registered in place don't count) */
     const char *cache_dir; /* NULL: memory; else replicas are unnamed files in that directory */
@@ -42,7 +50,8 @@ struct engine_config {
 
 /* Opens storage, lanes and the listening socket. `error`: one sentence for the user (malloc'd), or NULL. Blocking. */
 int engine_open(const struct engine_config *config, struct engine **engine, char **error);
-const char *engine_address(const struct engine *engine); /* "host:port" as bound */
+const char *engine_address(const struct engine *engine);      /* "host:port" as bound */
+const char *engine_rdma_address(const struct engine *engine); /* the same for RDMA; "": not used */
 /* After catalog_serve: offers again the files that this node (by name) had registered in place and that are unchanged. */
 void engine_adopt(struct engine *engine);
 /* Withdraws, fails every waiter with -ESHUTDOWN, ends all threads. All replicas must be closed. Blocking. */
@@ -273,9 +282,12 @@ struct engine_stats { /* gauges, then counters since the mount */
     uint64_t asks_busy;                     /* asks of ours that peers answered with BUSY */
     uint64_t quarantines;                   /* times that a peer was left alone for what it sent */
     uint64_t queued_ns, wire_ns, verify_ns; /* of shards that landed, as in engine_why, summed up */
-    const char *storage;                    /* "huge tmpfs", "memfd", "cache_dir" */
-    const char *storage_why;                /* why not huge tmpfs, or "" */
-    const char *loop;                       /* "io_uring" or "epoll" */
+    uint64_t bytes_rdma;                    /* of bytes_received, those by RDMA */
+    uint64_t rdma_failures;  /* times that RDMA with a peer failed, so that TCP was taken */
+    const char *rdma_why;    /* why RDMA is not used, or "" */
+    const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
+    const char *storage_why; /* why not huge tmpfs, or "" */
+    const char *loop;        /* "io_uring" or "epoll" */
     unsigned lanes;
 };
 void engine_stats(struct engine *engine, struct engine_stats *out);

@@ -15,8 +15,6 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-static const struct transport_events lane_events;
-
 static void tick(struct loop_timer *timer)
 {
     struct lane *lane = util_container(timer, struct lane, tick);
@@ -128,6 +126,9 @@ void lane_close(struct lane *lane)
         return;
     }
     lane_stop(lane);
+    if (lane->fast) {
+        lane->fast->ops->close(lane->fast);
+    }
     lane->engine->transport->close(lane->transport);
     loop_close(lane->loop);
     free(lane);
@@ -213,7 +214,7 @@ static void on_down(struct link *link, int error, const char *reason)
     }
 }
 
-static const struct transport_events lane_events = {
+const struct transport_events lane_events = {
     .accepted = on_accepted,
     .connected = supplier_connected,
     .message = on_message,

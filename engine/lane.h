@@ -21,6 +21,7 @@ struct lane {
     pthread_t thread;
     struct loop *loop;
     struct transport *transport;
+    struct transport *fast; /* RDMA, or NULL */
     struct loop_timer tick;
     struct pull *pulls;         /* utlist */
     struct supplier *suppliers; /* utlist: outgoing links, one for each peer that pulls need */
@@ -35,6 +36,8 @@ struct lane {
 #define LANE_TRIM_NS \
     1000000000ull /* how often lane 0 gives spare memory back, and takes the rates of peers */
 
+extern const struct transport_events
+    lane_events; /* of every transport on a lane; its arg is the lane */
 int lane_open(struct engine *engine, unsigned index, struct lane **lane);
 int lane_start(struct lane *lane); /* starts the thread */
 /* Ends the thread; its pulls and links end on it. Until lane_close, posting is still possible and does nothing. */

@@ -11,6 +11,8 @@
 
 #define PEERS_QUARANTINE_FIRST_MS 30000
 #define PEERS_QUARANTINE_LAST_MS  600000
+#define PEERS_RDMA_FIRST_MS       10000
+#define PEERS_RDMA_LAST_MS        300000
 /* They are remembered until the mount ends, and without a secret anybody may call, under ever new names. */
 #define PEERS_STRANGERS_MAX 65536
 
@@ -148,6 +150,22 @@ void peer_praise(struct peer *peer)
     atomic_store(&peer->strikes, 0);
 }
 
+void peer_rdma_failed(struct peer *peer, const char *reason)
+{
+    uint32_t failures = atomic_fetch_add(&peer->rdma_failures, 1) + 1;
+    uint32_t ms =
+        spread_backoff_ms(failures, PEERS_RDMA_FIRST_MS, PEERS_RDMA_LAST_MS, util_random_u64());
+    atomic_store(&peer->rdma_after_ns, util_now_ns() + ms * 1000000ull);
+    log_say(failures == 1 ? LOG_WARN : LOG_DEBUG,
+            "peer %s: RDMA failed: %s; TCP is used, RDMA is tried again in %u s", peer->node,
+            reason, ms / 1000);
+}
+
+void peer_rdma_works(struct peer *peer)
+{
+    atomic_store(&peer->rdma_failures, 0);
+}
+
 bool peer_quarantined(const struct peer *peer)
 {
     return atomic_load(&peer->quarantined_until_ns) > util_now_ns();
@@ -168,7 +186,7 @@ int peers_list(struct peers *peers, const char *transport, struct engine_peer **
         struct engine_peer *to = &list[n++];
         snprintf(to->node, sizeof to->node, "%s", peer->node);
         snprintf(to->address, sizeof to->address, "%s", peer->address);
-        to->transport = transport;
+        to->transport = atomic_load(&peer->rdma_links) > 0 ? "rdma" : transport;
         to->links = atomic_load(&peer->links);
         to->connected = to->links > 0;
         to->quarantined = peer_quarantined(peer);

@@ -20,7 +20,10 @@ struct peer {
     uint64_t rate_down, rate_up;
     atomic_ullong received, sent, verified, corrupt, failed;
     atomic_uint links;
-    atomic_uint strikes; /* corrupt shards in a row */
+    atomic_uint rdma_links;         /* of them */
+    atomic_uint rdma_failures;      /* in a row */
+    _Atomic uint64_t rdma_after_ns; /* not over RDMA before */
+    atomic_uint strikes;            /* corrupt shards in a row */
     _Atomic uint64_t quarantined_until_ns;
 };
 
@@ -40,6 +43,9 @@ uint64_t peers_quarantines(struct peers *peers);
 void peer_strike(struct peer *peer);
 void peer_praise(struct peer *peer); /* a shard from it was right */
 bool peer_quarantined(const struct peer *peer);
+/* RDMA with it failed, or a shard came by it. After a failure it is left for 10 s, then 20 s, ... at most 5 min. */
+void peer_rdma_failed(struct peer *peer, const char *reason);
+void peer_rdma_works(struct peer *peer);
 int peers_list(struct peers *peers, const char *transport, struct engine_peer **out, size_t *count);
 
 #endif

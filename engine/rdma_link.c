@@ -141,7 +141,7 @@ static void completion_failed(struct rdma_link *link, const struct ibv_wc *wc)
         rdma_link_break(link, -EIO, "it took a shard back while it was being read");
         break;
     default:
-        rdma_link_break(link, -EIO, "RDMA failed: %s", ibv_wc_status_str(wc->status));
+        rdma_link_break(link, -ENETDOWN, "RDMA failed: %s", ibv_wc_status_str(wc->status));
         break;
     }
 }
@@ -379,6 +379,8 @@ static int exposure_map(struct rdma_exposure *e, const struct transport_region *
         *at = (void *)region->map;
         return 0;
     }
+    if (region->fd < 0)
+        return -EOPNOTSUPP; // memory in pieces
     size_t slack = (size_t)region->offset % (size_t)sysconf(_SC_PAGESIZE);
     e->map_length = region->length + slack;
     e->map =
@@ -513,6 +515,8 @@ int rdma_link_fetch(struct link *base, const struct transport_descriptor *descri
         return -EINVAL;
     if (link->state != RDMA_OPEN)
         return -ENOTCONN;
+    if (!fetch->destination && length > 0)
+        return -EOPNOTSUPP; // memory in pieces
     struct rdma_pull *pull;
     DL_FOREACH(link->pulls, pull) {
         if (pull->fetch->id == id)

@@ -51,6 +51,7 @@ struct replica {
     _Atomic uint8_t *
         states; /* shards x spread_shard_state; NULL: registered in place (all present), or a draft */
     atomic_uint present;
+    atomic_bool by_rdma;    /* the last shard came that way */
     atomic_ullong resident; /* bytes of present shards */
     uint64_t reserved;      /* bytes of the cache that are ours */
     uint8_t *digests;       /* shards x digest->size; NULL: none known */

@@ -13,6 +13,7 @@
 
 #define SERVE_GREET_NS     5000000000ull
 #define SERVE_SESSIONS_MAX 4096
+#define SERVE_FENCE_NS     1000000000ull /* to let go of what is taken back */
 #define SERVE_GRANT_NS \
     120000000000ull /* a puller that does not say DONE for so long is gone in all but name */
 
@@ -20,7 +21,7 @@ int serve_send(struct session *s, const struct wire_message *message)
 {
     static __thread uint8_t bytes[TRANSPORT_MESSAGE_MAX];
     ssize_t length = wire_encode(message, bytes, sizeof bytes);
-    return length < 0 ? (int)length : s->lane->transport->ops->send(s->link, bytes, (size_t)length);
+    return length < 0 ? (int)length : s->link->transport->ops->send(s->link, bytes, (size_t)length);
 }
 
 struct session *serve_find(struct lane *lane, uint64_t serial)
@@ -46,7 +47,7 @@ static void session_end(struct session *s)
     HASH_ITER(hh, s->follows, follow, next_follow) {
         follow_end(s, follow);
     }
-    s->lane->transport->ops->shut(s->link);
+    s->link->transport->ops->shut(s->link);
     DL_DELETE(s->lane->sessions, s);
     free(s);
 }
@@ -68,7 +69,7 @@ void serve_accepted(struct lane *lane, struct link *link)
     DL_COUNT(lane->sessions, other, count);
     struct session *s = count < SERVE_SESSIONS_MAX ? calloc(1, sizeof *s) : NULL;
     if (!s) {
-        lane->transport->ops->shut(link);
+        link->transport->ops->shut(link);
         return;
     }
     s->lane = lane;
@@ -251,10 +252,16 @@ void serve_tick(struct lane *lane, uint64_t now_ns)
             serve_refuse(s, "did not finish the greeting");
             continue;
         }
+        if (s->broken) {
+            serve_refuse(s, "shards cannot be offered to it this way");
+            continue;
+        }
         struct grant *grant;
         struct grant *next_grant;
         HASH_ITER(hh, s->grants, grant, next_grant) {
-            if (grant->exposed && now_ns - grant->since_ns > SERVE_GRANT_NS) {
+            if (grant->gone_ns && now_ns - grant->gone_ns > SERVE_FENCE_NS) {
+                grant_end(s, grant, false); /* what it still reads ends the link */
+            } else if (grant->exposed && now_ns - grant->since_ns > SERVE_GRANT_NS) {
                 serve_refuse(s, "took a grant and never said that it was done");
                 break;
             }
@@ -276,8 +283,7 @@ void serve_revoke(struct lane *lane, void *arg)
         struct grant *next_grant;
         HASH_ITER(hh, s->grants, grant, next_grant) {
             if (grant->replica == replica) {
-                grant_gone_send(s, 0, grant->request, WIRE_GONE_EVICTED);
-                grant_end(s, grant, false);
+                grant_revoke(s, grant);
             }
         }
         struct follow *follow;

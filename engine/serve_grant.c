@@ -19,7 +19,7 @@ static uint64_t now_ms(void)
 static void slot_end(struct session *s, struct grant *grant, bool done)
 {
     struct engine *engine = s->lane->engine;
-    bool landed = done && (grant->sent || s->lane->transport->ops->one_sided);
+    bool landed = done && (grant->sent || s->link->transport->ops->one_sided);
     pthread_mutex_lock(&engine->slots_lock);
     slots_end(&engine->slots, &grant->ask, util_now_ns(), landed);
     pthread_mutex_unlock(&engine->slots_lock);
@@ -36,7 +36,7 @@ void grant_end(struct session *s, struct grant *grant, bool done)
     HASH_DEL(s->grants, grant);
     slot_end(s, grant, done);
     if (grant->exposed) {
-        s->lane->transport->ops->unexpose(s->link, grant->request);
+        s->link->transport->ops->unexpose(s->link, grant->request);
         pthread_mutex_lock(&grant->replica->lock);
         grant->replica->grants--;
         grant->replica->torn |= !done;
@@ -108,8 +108,10 @@ static void grant_expose(struct session *s, struct grant *grant)
     atomic_fetch_add(&s->lane->engine->counters.grants_open, 1);
     int status = lent_region(replica, shard, &grant->place, &region);
     if (status == 0) {
-        status = s->lane->transport->ops->expose(s->link, grant->request, &region,
+        status = s->link->transport->ops->expose(s->link, grant->request, &region,
                                                  grant->ask.urgent, &message.descriptor);
+        /* Memory that cannot be registered now cannot be later: its peer takes another way. */
+        s->broken |= status < 0 && s->link->transport->ops->one_sided;
     }
     if (status == 0) {
         status = serve_send(s, &message);
@@ -355,6 +357,25 @@ void grant_ask(struct session *s, const struct wire_message *message)
     ask_admit(s, follow, message);
 }
 
+static void served(struct session *s, const struct grant *grant)
+{
+    atomic_fetch_add(&s->lane->engine->counters.bytes_served, grant->length);
+    atomic_fetch_add(&s->peer->sent, grant->length);
+}
+
+void grant_revoke(struct session *s, struct grant *grant)
+{
+    bool reads = grant->exposed && s->link->transport->ops->one_sided;
+    if (!grant->gone_ns) {
+        grant_gone_send(s, 0, grant->request, WIRE_GONE_EVICTED);
+    }
+    if (!reads) {
+        grant_end(s, grant, false);
+    } else if (!grant->gone_ns) {
+        grant->gone_ns = loop_now_ns(s->lane->loop);
+    }
+}
+
 void grant_done(struct session *s, uint32_t request)
 {
     struct grant *grant;
@@ -364,6 +385,9 @@ void grant_done(struct session *s, uint32_t request)
     }
     if (grant->exposed) {
         atomic_fetch_add(&s->lane->engine->counters.shards_served, 1);
+    }
+    if (grant->exposed && s->link->transport->ops->one_sided && !grant->gone_ns) {
+        served(s, grant);
     }
     grant_end(s, grant, true);
 }
@@ -375,7 +399,6 @@ void serve_exposed_sent(struct link *link, uint32_t id)
     HASH_FIND(hh, s->grants, &id, sizeof id, grant);
     if (grant) {
         grant->sent = true;
-        atomic_fetch_add(&s->lane->engine->counters.bytes_served, grant->length);
-        atomic_fetch_add(&s->peer->sent, grant->length);
+        served(s, grant);
     }
 }

@@ -36,6 +36,7 @@ struct grant {
     struct slots_ask ask;    /* engine->slots_lock */
     struct session *session;
     uint64_t since_ns; /* exposed */
+    uint64_t gone_ns;  /* its peer was told to let go; 0: not */
     uint64_t length;
     struct lent_place place; /* of the bytes */
     bool exposed;  /* false: waits, or an in-place shard is being looked at by a work thread */
@@ -50,6 +51,7 @@ struct session {
     uint64_t serial; /* finds it again after a detour over another thread */
     enum session_state state;
     bool welcome_owed; /* the queue was full */
+    bool broken;       /* is of no use: the next tick ends it */
     uint64_t since_ns;
     struct peer *peer;
     char node[MODEL_NODE_MAX + 1];
@@ -81,6 +83,8 @@ void grant_ask(struct session *s, const struct wire_message *message);
 void grant_done(struct session *s, uint32_t request);
 /* done: the peer has said that it does not read any more. Its slot is free, until grant_dispatch gives it on. */
 void grant_end(struct session *s, struct grant *grant, bool done);
+/* Takes it back; from a peer that reads by itself only after it had time to let go (SERVE_FENCE_NS). */
+void grant_revoke(struct session *s, struct grant *grant);
 /* Free slots go on to whoever waits, on whichever lane. Outside of every loop over grants and sessions. */
 void grant_dispatch(struct lane *lane);
 void grant_gone_send(struct session *s, uint32_t handle, uint32_t request, enum wire_reason reason);

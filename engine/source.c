@@ -44,6 +44,7 @@ void source_praise(struct source *source)
 {
     source->failures = 0;
     peer_praise(supplier_peer(source->attachment.supplier));
+    atomic_store(&source->pull->replica->by_rdma, supplier_by_rdma(source->attachment.supplier));
 }
 
 void source_blame(struct source *source, int status)

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <utlist.h>
 
+#include "engine/fast.h"
 #include "engine/handshake.h"
 #include "engine/spread.h"
 #include "meta/base/log.h"
@@ -44,8 +45,9 @@ struct supplier {
     uint64_t pinged_ns;
     uint64_t idle_ns; /* nobody attached since; 0: somebody is */
     uint32_t failures;
-    bool blocked;       /* the send queue was full */
-    bool greeting_owed; /* HELLO or PROOF still has to go out */
+    uint64_t link_bytes; /* of shards, over this link */
+    bool blocked;        /* the send queue was full */
+    bool greeting_owed;  /* HELLO or PROOF still has to go out */
     struct wire_message greeting;
     uint32_t *owed; /* requests whose DONE could not be sent yet (malloc'd) */
     size_t owed_count;
@@ -91,6 +93,11 @@ const struct model_node *supplier_node(struct supplier *supplier)
     return &supplier->node;
 }
 
+bool supplier_by_rdma(const struct supplier *supplier)
+{
+    return supplier->link && supplier->link->transport == supplier->lane->fast;
+}
+
 uint64_t supplier_heard_ns(const struct supplier *supplier)
 {
     return supplier->heard_ns;
@@ -103,7 +110,7 @@ static int message_send(struct supplier *s, const struct wire_message *message)
     if (length < 0) {
         return (int)length;
     }
-    int status = s->lane->transport->ops->send(s->link, bytes, (size_t)length);
+    int status = s->link->transport->ops->send(s->link, bytes, (size_t)length);
     if (status == -EAGAIN) {
         s->blocked = true;
     }
@@ -112,18 +119,32 @@ static int message_send(struct supplier *s, const struct wire_message *message)
 
 /* ---- the link's life ---- */
 
+static void retry_later(struct supplier *s, const char *reason)
+{
+    s->failures++;
+    s->retry_ns = loop_now_ns(s->lane->loop) +
+                  1000000ull * spread_backoff_ms(s->failures, SUPPLIER_BACKOFF_FIRST_MS,
+                                                 SUPPLIER_BACKOFF_LAST_MS, util_random_u64());
+    log_debug("peer %s at %s: %s", s->node.name, s->node.address, reason);
+}
+
 static void connect_now(struct supplier *s)
 {
-    const struct transport_ops *ops = s->lane->transport->ops;
-    int status =
-        ops->connect(s->lane->transport, s->node.address, SUPPLIER_CONNECT_MS, s, &s->link);
+    bool rdma = s->lane->fast && fast_may(s->lane->engine, s->peer, &s->node);
+    if (!rdma && s->lane->engine->config.rdma == ENGINE_RDMA_ONLY) {
+        retry_later(s, "it offers no RDMA, and require_rdma is set");
+        return;
+    }
+    struct transport *transport = rdma ? s->lane->fast : s->lane->transport;
+    int status = transport->ops->connect(transport, rdma ? s->node.rdma : s->node.address,
+                                         SUPPLIER_CONNECT_MS, s, &s->link);
+    s->link_bytes = 0;
     if (status < 0) {
         s->link = NULL;
-        s->failures++;
-        s->retry_ns = loop_now_ns(s->lane->loop) +
-                      1000000ull * spread_backoff_ms(s->failures, SUPPLIER_BACKOFF_FIRST_MS,
-                                                     SUPPLIER_BACKOFF_LAST_MS, util_random_u64());
-        log_debug("peer %s at %s: %s", s->node.name, s->node.address, strerror(-status));
+        if (rdma) {
+            peer_rdma_failed(s->peer, strerror(-status));
+        }
+        retry_later(s, strerror(-status));
         return;
     }
     s->state = SUPPLIER_CONNECTING;
@@ -136,9 +157,10 @@ static void link_end(struct supplier *s, int error)
     }
     if (s->state == SUPPLIER_READY) {
         atomic_fetch_sub(&s->peer->links, 1);
+        atomic_fetch_sub(&s->peer->rdma_links, supplier_by_rdma(s));
     }
     /* After shut nothing writes into a request's memory any more. */
-    s->lane->transport->ops->shut(s->link);
+    s->link->transport->ops->shut(s->link);
     s->link = NULL;
     s->state = SUPPLIER_IDLE;
     s->greeting_owed = false;
@@ -160,6 +182,15 @@ static void link_end(struct supplier *s, int error)
 static void link_fail(struct supplier *s, int error, const char *reason)
 {
     uint64_t now = loop_now_ns(s->lane->loop);
+    if (supplier_by_rdma(s) && fast_at_fault(error, s->link_bytes > 0)) {
+        peer_rdma_failed(s->peer, reason);
+        atomic_fetch_add(&s->lane->engine->counters.rdma_failures, 1);
+        if (s->lane->engine->config.rdma != ENGINE_RDMA_ONLY) {
+            s->retry_ns = now; /* the other way, at once */
+            link_end(s, error);
+            return;
+        }
+    }
     s->failures++;
     uint32_t wait = spread_backoff_ms(s->failures, SUPPLIER_BACKOFF_FIRST_MS,
                                       SUPPLIER_BACKOFF_LAST_MS, util_random_u64());
@@ -229,6 +260,7 @@ static void proving(struct supplier *s)
     s->failures = 0;
     s->heard_ns = loop_now_ns(s->lane->loop);
     atomic_fetch_add(&s->peer->links, 1);
+    atomic_fetch_add(&s->peer->rdma_links, supplier_by_rdma(s));
     struct attachment *attachment;
     DL_FOREACH(s->attachments, attachment) {
         attach_send(s, attachment);
@@ -373,7 +405,7 @@ void supplier_cancel(struct request *request)
 {
     struct supplier *s = request->attachment->supplier;
     if (request->fetching) {
-        s->lane->transport->ops->cancel(s->link, &request->fetch);
+        s->link->transport->ops->cancel(s->link, &request->fetch);
     }
     DL_DELETE(s->requests, request);
     done_send(s, request->fetch.id);
@@ -417,7 +449,7 @@ static void granted(struct supplier *s, const struct wire_message *message)
         request_end(s, request, -ENODATA, 0);
         return;
     }
-    int status = s->lane->transport->ops->fetch(s->link, &message->descriptor, &request->fetch);
+    int status = s->link->transport->ops->fetch(s->link, &message->descriptor, &request->fetch);
     if (status < 0) {
         request_end(s, request, status, 0);
     }
@@ -440,7 +472,7 @@ static void gone(struct supplier *s, const struct wire_message *message)
         struct request *request = request_find(s, message->request);
         if (request) {
             if (request->fetching) {
-                s->lane->transport->ops->cancel(s->link, &request->fetch);
+                s->link->transport->ops->cancel(s->link, &request->fetch);
             }
             request_end(s, request, message->reason == WIRE_GONE_CHANGED ? -ESTALE : -ENOENT, 0);
         }
@@ -454,7 +486,7 @@ static void gone(struct supplier *s, const struct wire_message *message)
     struct request *request;
     while ((request = request_of(s, attachment))) { /* ending one may cancel others */
         if (request->fetching) {
-            s->lane->transport->ops->cancel(s->link, &request->fetch);
+            s->link->transport->ops->cancel(s->link, &request->fetch);
         }
         request_end(s, request, -ENOENT, 0);
     }
@@ -566,6 +598,11 @@ void supplier_fetch_done(struct link *link, struct transport_fetch *fetch, int s
     if (status == 0) {
         atomic_fetch_add(&s->peer->received, fetch->length);
         atomic_fetch_add(&s->lane->engine->counters.bytes_received, fetch->length);
+        s->link_bytes += fetch->length;
+    }
+    if (status == 0 && supplier_by_rdma(s)) {
+        atomic_fetch_add(&s->lane->engine->counters.bytes_rdma, fetch->length);
+        peer_rdma_works(s->peer);
     }
     request_end(s, request, status, 0);
 }

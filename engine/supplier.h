@@ -69,6 +69,7 @@ struct request {
 struct supplier *supplier_get(struct lane *lane, const struct model_node *node);
 struct peer *supplier_peer(struct supplier *supplier);
 const struct model_node *supplier_node(struct supplier *supplier);
+bool supplier_by_rdma(const struct supplier *supplier);
 uint64_t supplier_heard_ns(const struct supplier *supplier); /* when it last said anything */
 
 void supplier_attach(struct supplier *supplier, struct attachment *attachment);

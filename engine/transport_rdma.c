@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #include <utlist.h>
 
 #include "engine/rdma_link.h"
@@ -16,7 +17,9 @@
  * come through one descriptor for each transport, completions through one for each device that it has links on. */
 
 #define LISTEN_BACKLOG 128
-#define HEART_NS       1000000000ull
+/* The kernel looks again when this has passed, which it needs when the neighbour's answer came while it was looking. */
+#define RESOLVE_MS 500
+#define HEART_NS   1000000000ull
 /* The device repeats a packet RETRIES times, 4.096 us << ACK_TIMEOUT (0.54 s) apart: a peer that is gone is noticed
  * within 5 s, well before its lease ends. */
 #define ACK_TIMEOUT 17
@@ -284,6 +287,8 @@ static void link_opened(struct rdma_link *link, int credits, const struct rdma_c
 static void link_failed(struct rdma_link *link, int error)
 {
     link->error = error < 0 ? error : -EHOSTUNREACH;
+    if (link->state == RDMA_RESOLVING && error == -ETIMEDOUT)
+        link->address_next--; // again, until patience ends
     if (link->base.outgoing && link->state != RDMA_OPEN)
         link_connect(link);
     else
@@ -307,8 +312,7 @@ static int address_resolve(struct rdma_link *link, const struct tcp_address *add
     struct sockaddr *source = NULL;
     if (t->source.length > 0 && t->source.storage.ss_family == address->storage.ss_family)
         source = (struct sockaddr *)&t->source.storage;
-    if (rdma_resolve_addr(link->id, source, (struct sockaddr *)&address->storage,
-                          (int)link->timeout_ms) < 0)
+    if (rdma_resolve_addr(link->id, source, (struct sockaddr *)&address->storage, RESOLVE_MS) < 0)
         return -errno;
     return 0;
 }
@@ -487,7 +491,7 @@ static void event_of_link(struct rdma_link *link, const struct rdma_cm_event *ev
 {
     switch (event->event) {
     case RDMA_CM_EVENT_ADDR_RESOLVED:
-        if (rdma_resolve_route(link->id, (int)link->timeout_ms) < 0)
+        if (rdma_resolve_route(link->id, RESOLVE_MS) < 0)
             link_failed(link, -errno);
         break;
     case RDMA_CM_EVENT_ROUTE_RESOLVED:
@@ -570,9 +574,14 @@ static int rdma_open(struct loop *loop, const struct transport_config *config,
     int r = source_parse(t, config);
     if (r < 0)
         goto free_transport;
+    // librdmacm itself would complain on stderr where there is none
+    if (access("/dev/infiniband/rdma_cm", F_OK) < 0) {
+        r = -ENODEV;
+        goto free_transport;
+    }
     t->events = rdma_create_event_channel();
     if (!t->events) {
-        r = errno == ENOENT ? -ENODEV : -errno;
+        r = -errno;
         goto free_transport;
     }
     t->events_watch.fd = t->events->fd;

@@ -170,8 +170,7 @@ static void check_limits(struct doctor *doctor)
     if (getrlimit(RLIMIT_MEMLOCK, &locked) == 0) {
         limit_print(locked.rlim_cur, soft);
         limit_print(locked.rlim_max, hard);
-        find(doctor, GOOD, "RLIMIT_MEMLOCK", NULL, "soft %s, hard %s bytes; TCP locks no memory",
-             soft, hard);
+        find(doctor, GOOD, "RLIMIT_MEMLOCK", NULL, "soft %s, hard %s bytes", soft, hard);
     }
 }
 
@@ -218,7 +217,10 @@ static void check_network(struct doctor *doctor)
     line_read("/proc/sys/net/ipv4/tcp_available_congestion_control", available, sizeof(available));
     find(doctor, GOOD, "TCP", NULL, "congestion control %s of %s; tcp_congestion= chooses another",
          congestion[0] ? congestion : "unknown", available[0] ? available : "unknown");
+}
 
+static void check_rdma(struct doctor *doctor)
+{
     DIR *dir = opendir("/sys/class/infiniband");
     char devices[256] = "";
     size_t used = 0;
@@ -228,8 +230,28 @@ static void check_network(struct doctor *doctor)
             used += (size_t)snprintf(devices + used, sizeof(devices) - used, " %s", entry->d_name);
     if (dir)
         closedir(dir);
-    find(doctor, GOOD, "RDMA", NULL, "%s%s%s", used ? "devices:" : "no device", devices,
-         transport_by_name("rdma") ? "" : "; this version moves bytes over TCP");
+    if (!transport_by_name("rdma"))
+        find(doctor, used ? WARN : GOOD, "RDMA", used ? "build with libibverbs-dev" : NULL,
+             "%s%s; this build has no libibverbs and uses TCP", used ? "devices:" : "no device",
+             devices);
+    else if (used && access("/dev/infiniband/rdma_cm", R_OK | W_OK) < 0)
+        find(doctor, WARN, "RDMA", "modprobe rdma_ucm; give a container --device /dev/infiniband",
+             "devices:%s; /dev/infiniband/rdma_cm: %s, so TCP is used", devices, strerror(errno));
+    else
+        find(doctor, GOOD, "RDMA", NULL, "%s%s", used ? "devices:" : "no device, TCP is used",
+             devices);
+
+    struct rlimit locked;
+    if (!used || getrlimit(RLIMIT_MEMLOCK, &locked) < 0)
+        return;
+    bool unlimited = locked.rlim_cur == RLIM_INFINITY;
+    find(doctor, unlimited ? GOOD : WARN, "RDMA memory",
+         unlimited
+             ? NULL
+             : "ulimit -l unlimited, LimitMEMLOCK=infinity, or --ulimit memlock=-1 for a container",
+         unlimited
+             ? "no limit of locked memory"
+             : "locked memory is limited (RLIMIT_MEMLOCK above), and RDMA locks what it moves");
 }
 
 /* In a child, because who asks a mount that does not answer may wait for ever. Opening asks the process itself, where
@@ -291,8 +313,8 @@ static void check_mounts(struct doctor *doctor)
 }
 
 static void (*const checks[])(struct doctor *doctor) = {
-    check_fuse,    check_mounting, check_kernel,  check_limits,
-    check_storage, check_loop,     check_network, check_mounts,
+    check_fuse, check_mounting, check_kernel, check_limits, check_storage,
+    check_loop, check_network,  check_rdma,   check_mounts,
 };
 
 static int run(int argc, char **argv)

@@ -26,7 +26,7 @@ struct metric {
     size_t offset; /* of a uint64_t in struct reading, or in struct engine_peer */
     enum unit unit;
 };
-#define METRICS      37
+#define METRICS      39
 #define PEER_METRICS 9
 static const struct metric metrics[METRICS];
 static const struct metric peer_metrics[PEER_METRICS];
@@ -153,6 +153,9 @@ static const struct metric metrics[METRICS] = {
     GAUGE(engine.readers_waiting, "readers_waiting", "Reads that wait for bytes."),
     GAUGE(engine.grants_open, "grants_open", "Shards that peers are reading here now."),
     COUNTER(engine.bytes_received, "received_bytes_total", "Bytes of shards received from peers."),
+    COUNTER(engine.bytes_rdma, "received_rdma_bytes_total", "Those of them that came by RDMA."),
+    COUNTER(engine.rdma_failures, "rdma_failures_total",
+            "Times that RDMA with a peer failed, so that TCP was taken."),
     COUNTER(engine.bytes_served, "served_bytes_total", "Bytes of shards sent to peers."),
     COUNTER(engine.bytes_written, "written_bytes_total", "Bytes written into the mount."),
     COUNTER(engine.shards_fetched, "shards_fetched_total", "Shards received and verified."),

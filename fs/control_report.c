@@ -3,7 +3,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "engine/transport.h"
 #include "fs/control_parts.h"
 #include "fs/through.h"
 #include "meta/base/util.h"
@@ -60,7 +59,6 @@ static void status_meta(const struct house *house, struct json_out *out)
 
 static void status_engine(const struct house *house, struct json_out *out)
 {
-    static const char *const transports[] = {"rdma", "tcp"};
     struct engine_stats stats;
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
@@ -78,10 +76,15 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_text(out, "loop", stats.loop);
     json_put_u64(out, "lanes", stats.lanes);
     json_array(out, "transports");
-    for (size_t i = 0; i < util_count(transports); i++)
-        if (transport_by_name(transports[i]))
-            json_put_text(out, NULL, transports[i]);
+    if (stats.rdma_why[0] == '\0')
+        json_put_text(out, NULL, "rdma");
+    if (!house->options.require_rdma)
+        json_put_text(out, NULL, "tcp");
     json_end(out);
+    json_put_text(out, "rdma_address", engine_rdma_address(house->engine));
+    json_put_text(out, "rdma_why", stats.rdma_why);
+    json_put_u64(out, "bytes_rdma", stats.bytes_rdma);
+    json_put_u64(out, "rdma_failures", stats.rdma_failures);
     json_put_text(out, "fetch", house->options.fetch_whole ? "whole" : "demand");
     struct through_status through;
     through_status(house->through, &through);

@@ -152,6 +152,14 @@ static int open_catalog(struct house *house, uint64_t boot)
     return rc;
 }
 
+static enum engine_rdma rdma_wanted(const struct options *options)
+{
+    return options->require_rdma                     ? ENGINE_RDMA_ONLY
+           : strcmp(options->transport, "rdma") == 0 ? ENGINE_RDMA_ON
+           : strcmp(options->transport, "tcp") == 0  ? ENGINE_RDMA_OFF
+                                                     : ENGINE_RDMA_AUTO;
+}
+
 static int open_engine(struct house *house, uint64_t boot)
 {
     const struct options *options = &house->options;
@@ -160,6 +168,7 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .boot = boot,
                                    .listen = options->listen,
                                    .transport = "tcp",
+                                   .rdma = rdma_wanted(options),
                                    .congestion = options->tcp_congestion,
                                    .cache_size = options->cache_size,
                                    .cache_dir = options->cache_dir,
@@ -183,8 +192,11 @@ static int open_engine(struct house *house, uint64_t boot)
 
 static int announce(struct house *house)
 {
-    char address[MODEL_ADDRESS_MAX + 1], *why = NULL;
+    char address[MODEL_ADDRESS_MAX + 1], rdma[MODEL_ADDRESS_MAX + 1] = "", *why = NULL;
     int rc = address_advertised(house->options.advertise, engine_address(house->engine), address);
+    if (rc == 0 && engine_rdma_address(house->engine)[0])
+        rc = address_advertised(house->options.advertise, engine_rdma_address(house->engine), rdma);
+    catalog_rdma_set(house->catalog, rdma);
     if (rc == 0)
         do
             rc = catalog_serve(house->catalog, address, &why);

@@ -85,13 +85,17 @@ static int set_advertise(struct options_parse *p)
 
 static int set_transport(struct options_parse *p)
 {
-    if (strcmp(p->value, "rdma") == 0)
-        return refuse(p->error,
-                      "transport=rdma: this build cannot use RDMA; use transport=tcp, or auto");
-    if (strcmp(p->value, "auto") != 0 && strcmp(p->value, "tcp") != 0)
-        return refuse(p->error, "transport=%s: there is no such transport; use auto or tcp",
+    if (strcmp(p->value, "auto") != 0 && strcmp(p->value, "rdma") != 0 &&
+        strcmp(p->value, "tcp") != 0)
+        return refuse(p->error, "transport=%s: there is no such transport; use auto, rdma or tcp",
                       p->value);
     return text_set(&p->out->transport, p->value);
+}
+
+static int set_require_rdma(struct options_parse *p)
+{
+    p->out->require_rdma = true;
+    return 0;
 }
 
 static int set_shard_size(struct options_parse *p)
@@ -552,7 +556,7 @@ void options_clear(struct options *options)
     *options = (struct options){0};
 }
 
-#define NO_RDMA "this build cannot use RDMA; leave it out, TCP is used"
+#define NO_RDMA "this build takes the device that has the address of listen=; leave it out"
 #define NO_TLS  "this build cannot encrypt; leave it out, or use a VPN"
 
 const struct options_entry options_table[] = {
@@ -569,10 +573,12 @@ const struct options_entry options_table[] = {
      .summary = "the address that peers are told (default: as listened on)",
      .set = set_advertise},
     {.name = "transport",
-     .argument = "auto|tcp",
-     .summary = "how bytes travel",
+     .argument = "auto|rdma|tcp",
+     .summary = "how bytes travel (default: auto, by RDMA with peers that it reaches)",
      .set = set_transport},
-    {.name = "require_rdma", .summary = "refuse to work without RDMA", .refused = NO_RDMA},
+    {.name = "require_rdma",
+     .summary = "move bytes by RDMA or not at all",
+     .set = set_require_rdma},
     {.name = "device", .argument = "NAME[,NAME]", .summary = "RDMA devices", .refused = NO_RDMA},
     {.name = "gid_index", .argument = "N", .summary = "RDMA address index", .refused = NO_RDMA},
     {.name = "nic_priority_matrix",

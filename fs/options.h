@@ -17,7 +17,8 @@ struct options {
     char *node;
     char *listen;
     char *advertise;
-    char *transport;     /* "auto" or "tcp" */
+    char *transport; /* "auto", "rdma" or "tcp" */
+    bool require_rdma;
     uint32_t shard_size; /* 0: auto */
     uint64_t cache_size;
     char *cache_dir;

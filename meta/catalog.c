@@ -142,6 +142,11 @@ free_catalog:
     return rc;
 }
 
+void catalog_rdma_set(struct catalog *catalog, const char *address)
+{
+    snprintf(catalog->self.rdma, sizeof(catalog->self.rdma), "%s", address);
+}
+
 int catalog_serve(struct catalog *catalog, const char *address, char **error)
 {
     struct model_node other;

@@ -52,6 +52,8 @@ int catalog_open(const struct catalog_config *config, struct catalog **catalog, 
  * process of this machine that is dead is taken over at once, another one when its lease has ended (waits up to
  * lease_ms + 1 s). Blocking; call once, before the node serves. */
 int catalog_serve(struct catalog *catalog, const char *address, char **error);
+/* Before catalog_serve: where peers reach this node over RDMA. */
+void catalog_rdma_set(struct catalog *catalog, const char *address);
 /* Withdraws everything of this node (the lease is revoked), ends the thread, fails what is queued with -ESHUTDOWN. */
 void catalog_close(struct catalog *catalog);
 

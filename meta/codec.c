@@ -653,6 +653,8 @@ char *codec_node_encode(const struct model_node *node)
     codec_put_word(object, "node", node->name, &ok);
     codec_put_u64(object, "boot", node->boot, &ok);
     codec_put_bytes(object, "address", node->address, &ok);
+    if (node->rdma[0])
+        codec_put_bytes(object, "rdma", node->rdma, &ok);
     codec_put_bytes(object, "locality", node->locality, &ok);
     codec_put_bytes(object, "host", node->host, &ok);
     codec_put_number(object, "pid", (uint64_t)node->pid, &ok);
@@ -665,6 +667,8 @@ static int codec_node_fields(const cJSON *object, struct model_node *out)
     int rc = codec_get_node(object, out->name, &out->boot);
     if (rc == 0)
         rc = codec_get_bytes(object, "address", out->address, sizeof(out->address));
+    if (rc == 0 && cJSON_HasObjectItem(object, "rdma"))
+        rc = codec_get_bytes(object, "rdma", out->rdma, sizeof(out->rdma));
     if (rc == 0)
         rc = codec_get_bytes(object, "locality", out->locality, sizeof(out->locality));
     if (rc == 0)

@@ -99,6 +99,7 @@ struct model_node {
     char name[MODEL_NODE_MAX + 1];
     uint64_t boot;                       /* random, new at every mount: names carry incarnations */
     char address[MODEL_ADDRESS_MAX + 1]; /* where peers reach it over TCP */
+    char rdma[MODEL_ADDRESS_MAX + 1];    /* and over RDMA; "": they do not */
     char locality[MODEL_NODE_MAX + 1];   /* "zone/rack" or "" */
     char host[65]; /* the machine's boot id and pid namespace, to tell a dead local process */
     int32_t pid;

@@ -257,7 +257,7 @@ def test_bad_options_are_refused(cluster, flags):
     home = cluster.home / "m"
     home.mkdir()
     one_line(p2pfs(cluster.meta, home, *flags, "-o", "cache_sise=1G"), "cache_sise", "did you mean cache_size")
-    one_line(p2pfs(cluster.meta, home, *flags, "-o", "transport=rdma"), "transport=rdma", "tcp")
+    one_line(p2pfs(cluster.meta, home, *flags, "-o", "transport=rdma"), "transport=rdma", "doctor")
     one_line(p2pfs("nonsense://x", home, *flags), "nonsense")
     one_line(p2pfs("local:///proc/nowhere", home, *flags), "/proc/nowhere")
     one_line(p2pfs(cluster.meta, home, *flags, "-o", "secret_file=/missing"), "/missing")

@@ -269,6 +269,12 @@ static void nodes_holders_and_dirs_survive(void **state)
     char *json = codec_node_encode(&node);
     assert_int_equal(codec_node_decode(json, &node_out), 0);
     assert_memory_equal(&node, &node_out, sizeof(node));
+    assert_null(strstr(json, "rdma"));
+    free(json);
+    strcpy(node.rdma, "[::1]:7801");
+    json = codec_node_encode(&node);
+    assert_int_equal(codec_node_decode(json, &node_out), 0);
+    assert_memory_equal(&node, &node_out, sizeof(node));
     free(json);
 
     struct model_holder holder = {.node = {.name = "n1", .boot = 5}, .complete = true};

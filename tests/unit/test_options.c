@@ -180,7 +180,6 @@ static void unknown_options_get_a_suggestion(void **state)
 
 static void what_this_build_cannot_do_is_refused_with_a_way_out(void **state)
 {
-    refused("transport=rdma", "transport=rdma", "transport=tcp");
     refused("encryption=required", "encryption=required", "encryption=off");
     refused("open=wait", "open=wait", "open=stream");
     for (const struct options_entry *entry = options_table; entry->name != NULL; entry++) {
