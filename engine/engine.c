@@ -152,6 +152,7 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     }
     pthread_mutex_init(&e->slots_lock, NULL);
     e->slots = slots_new();
+    e->slots.idle = config->seed_idle;
     e->digest = digest_by_kind(config->digest);
     e->transport = transport_by_name(config->transport);
     if (!e->digest || !e->transport) {

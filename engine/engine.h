@@ -40,8 +40,9 @@ struct engine_config {
     uint32_t shard_size;   /* 0: model_shard_auto */
     enum model_digest digest;
     bool fetch_whole; /* a read starts the pull of the whole file, not only of the shards touched */
-    uint32_t read_timeout_ms;              /* without any progress */
-    uint64_t max_upload, max_download;     /* bytes of shards a second, 0: no limit; see bucket.h */
+    uint32_t read_timeout_ms;          /* without any progress */
+    bool seed_idle;                    /* uploads go behind everything else: see p2pfs(1), seed= */
+    uint64_t max_upload, max_download; /* bytes of shards a second, 0: no limit; see bucket.h */
     const struct handshake_secret *secret; /* borrowed; length 0: none */
     unsigned lanes;                        /* 0: the default */
     const char

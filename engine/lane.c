@@ -60,6 +60,7 @@ int lane_open(struct engine *engine, unsigned index, struct lane **lane)
         goto free_lane;
     }
     struct transport_config config = {.congestion = engine->config.congestion,
+                                      .lower_effort = engine->config.seed_idle,
                                       .upload = &engine->upload,
                                       .download = &engine->download};
     status = engine->transport->open(l->loop, &config, &lane_events, l, &l->transport);

@@ -231,6 +231,8 @@ static void turn_posted(struct lane *lane, void *arg)
 static bool turn_next(struct engine *engine, struct turn *turn)
 {
     pthread_mutex_lock(&engine->slots_lock);
+    engine->slots.yield = atomic_load(&engine->counters.pulls_running) > 0 ||
+                          atomic_load(&engine->counters.readers_waiting) > 0;
     struct slots_ask *ask = slots_next(&engine->slots, util_now_ns());
     if (ask) {
         const struct grant *grant = util_container(ask, struct grant, ask);

@@ -57,6 +57,15 @@ static bool goes_before(const struct slots_peer *a, const struct slots_peer *b)
     return a->progress != b->progress ? a->progress < b->progress : a->turn < b->turn;
 }
 
+static bool background_may(const struct slots *slots, uint64_t now_ns)
+{
+    if (!slots->idle) {
+        return true;
+    }
+    return slots->granted_count == 0 && (!slots->yield || slots->background_ns == 0 ||
+                                         now_ns >= slots->background_ns + SLOTS_TRICKLE_NS);
+}
+
 struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
 {
     uint32_t room = slots->window.width;
@@ -75,7 +84,7 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
             normal = peer;
         }
     }
-    if (!urgent && slots->granted_count >= room) {
+    if (!urgent && (slots->granted_count >= room || !background_may(slots, now_ns))) {
         return NULL;
     }
     peer = urgent ? urgent : normal;
@@ -83,6 +92,7 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
         return NULL;
     }
     struct slots_ask *ask = urgent ? peer->urgent : peer->normal;
+    slots->background_ns = urgent ? slots->background_ns : now_ns;
     waiting_leave(slots, ask);
     ask->state = SLOTS_GRANTED;
     ask->since_ns = now_ns;

@@ -21,6 +21,7 @@
 
 #define SLOTS_FLOOR        4
 #define SLOTS_CEILING      64
+#define SLOTS_TRICKLE_NS   1000000000ull
 #define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue */
 #define SLOTS_WAITING_NODE 8192 /* of all peers */
 #define SLOTS_OVERDUE_MAX \
@@ -49,6 +50,11 @@ struct slots_peer { /* the caller's memory; all zero at first */
 };
 
 struct slots {
+    bool idle; /* set by the caller: background gets one slot, and only what demand leaves */
+    bool
+        yield; /* set by the caller: this node has work of its own; an idle one then gives background one grant in
+                 * SLOTS_TRICKLE_NS, so that who has no other source is not stranded */
+    uint64_t background_ns; /* the last grant in the background; 0: none yet */
     struct spread_window window;
     struct slots_peer *queue;  /* peers that wait for something */
     struct slots_ask *granted; /* oldest first */

@@ -19,6 +19,9 @@
 #define LOCAL_CONGESTION \
     "reno" /* bbr paces, which costs 4/5 of the speed inside one machine; needs no privilege */
 
+#define LOWER_EFFORT 0x04 /* DSCP 000001, in the byte that holds it: RFC 8622 */
+#define FILLER       1    /* TC_PRIO_FILLER: what nobody waits for */
+
 /* A host that vanished is noticed in 8 s: data that nobody acknowledges, or a silent link that answers no probe. */
 #define GONE_MS       8000
 #define PROBE_AFTER_S 3
@@ -154,6 +157,7 @@ int tcp_tuning_from(const struct transport_config *config, struct tcp_tuning *tu
     if (config && config->buffer_bytes > 0)
         tuning->buffer_bytes =
             config->buffer_bytes > INT32_MAX / 2 ? INT32_MAX / 2 : (int)config->buffer_bytes;
+    tuning->lower_effort = config && config->lower_effort;
 
     util_autoclose int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
@@ -212,6 +216,14 @@ static void options_set(const struct tcp_tuning *tuning, int fd)
     option(fd, IPPROTO_TCP, TCP_KEEPCNT, PROBES);
 }
 
+/* The queues of this host and of the network take everything else first. The priority comes last: IP_TOS sets it too. */
+static void effort_lower(int fd)
+{
+    option(fd, IPPROTO_IP, IP_TOS, LOWER_EFFORT);
+    option(fd, IPPROTO_IPV6, IPV6_TCLASS, LOWER_EFFORT);
+    option(fd, SOL_SOCKET, SO_PRIORITY, FILLER);
+}
+
 /* Set before the connection exists: what bbr once set (pacing) stays on the socket when it goes. */
 static void congestion_choose(const struct tcp_tuning *tuning, int fd, bool local)
 {
@@ -260,6 +272,8 @@ int tcp_socket_connect(const struct tcp_tuning *tuning, const struct tcp_address
 void tcp_socket_accepted(const struct tcp_tuning *tuning, int fd)
 {
     options_set(tuning, fd);
+    if (tuning->lower_effort)
+        effort_lower(fd);
     if (tuning->congestion[0])
         return;
     struct sockaddr_storage own = {.ss_family = AF_UNSPEC}, other = {.ss_family = AF_UNSPEC};

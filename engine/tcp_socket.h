@@ -23,6 +23,7 @@ struct tcp_tuning {
     char congestion[16]; /* asked for, "": none */
     char usual[16];      /* the system's */
     int buffer_bytes;
+    bool lower_effort;
 };
 
 /* "host:port" or "[v6]:port". With `names`, a host that is no number is looked up, which may block for seconds. 0;

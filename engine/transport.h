@@ -88,6 +88,8 @@ struct transport_config {
     const char *
         congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
     uint32_t buffer_bytes; /* TCP: SO_SNDBUF and SO_RCVBUF, 0: the transport's default */
+    bool
+        lower_effort; /* TCP: what accepted links send yields to other traffic (DSCP LE, RFC 8622) */
     /* Limits of the bytes of shards, shared with other instances and borrowed; NULL: none. Messages do not count. */
     struct bucket *upload;
     struct bucket *download;

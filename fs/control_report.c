@@ -63,6 +63,7 @@ static void status_engine(const struct house *house, struct json_out *out)
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
     json_put_u64(out, "cache_limit", stats.cache_limit);
+    json_put_text(out, "seed", house->options.seed_idle ? "idle" : "normal");
     json_put_u64(out, "max_upload", stats.max_upload);
     json_put_u64(out, "max_download", stats.max_download);
     json_put_u64(out, "replicas", stats.replicas);

@@ -176,6 +176,7 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .digest = options->digest,
                                    .fetch_whole = options->fetch_whole,
                                    .read_timeout_ms = options->read_timeout_s * 1000u,
+                                   .seed_idle = options->seed_idle,
                                    .max_upload = options->max_upload,
                                    .max_download = options->max_download,
                                    .secret = &secret,

@@ -203,6 +203,14 @@ static int set_rate(struct options_parse *p, uint64_t *to)
     return 0;
 }
 
+static int set_seed(struct options_parse *p)
+{
+    p->out->seed_idle = strcmp(p->value, "idle") == 0;
+    if (!p->out->seed_idle && strcmp(p->value, "normal") != 0)
+        return refuse(p->error, "seed=%s: use normal or idle", p->value);
+    return 0;
+}
+
 static int set_max_upload(struct options_parse *p)
 {
     return set_rate(p, &p->out->max_upload);
@@ -625,6 +633,10 @@ const struct options_entry options_table[] = {
      .argument = "RATE",
      .summary = "limit of what goes to peers, in bytes a second (default: 0, none)",
      .set = set_max_upload},
+    {.name = "seed",
+     .argument = "normal|idle",
+     .summary = "whether uploads go behind all other work of this machine (default: normal)",
+     .set = set_seed},
     {.name = "digest",
      .argument = "xxh3|sha256",
      .summary = "how new files are digested (default: xxh3)",

@@ -27,6 +27,7 @@ struct options {
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     char *tcp_congestion;
+    bool seed_idle;
     uint64_t max_upload, max_download; /* bytes a second; 0: no limit */
     enum model_digest digest;
     bool allow_overwrite;

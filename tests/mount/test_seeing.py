@@ -407,3 +407,25 @@ def test_wrong_limits(node):
     for words in (["--upload=1K"], ["--download", "much"], ["a", "b"]):
         assert run_p2pfs("limit", *words, check=False).returncode == 2
     assert node.cli("limit", "").stdout == "upload: no limit\ndownload: no limit\n"
+
+
+def test_an_idle_seeder_serves_readers_first_and_the_rest_in_the_end(cluster):
+    a = cluster.node(seed="idle", max_download="4M")
+    b, d = cluster.nodes(2)
+    assert a.status()["seed"] == "idle" and b.status()["seed"] == "normal"
+    register(a, "f", 16 * MIB)
+    register(d, "other", 256 * MIB)
+    appears("f", b)
+    appears("other", a)
+    work = pulling(a, name="other")  # it has work of its own, for longer than this test takes
+    eventually(lambda: a.status()["pulls_running"] == 1, 10)
+    with open(b.path("f"), "rb", buffering=0) as source:
+        for at in (9, 3, 12):
+            assert len(os.pread(source.fileno(), 4096, at * MIB)) == 4096
+    before = b.status()["bytes_received"]
+    assert before < 16 * MIB  # nobody waits for the rest, so it comes slowly
+    eventually(lambda: b.status()["bytes_received"] > before, 20)
+    a.cli("limit", "--download=0", "")
+    for thread in work:
+        thread.join()
+    b.cli("pull", "f")  # and at once when the work is done

@@ -68,7 +68,7 @@ static void every_value_lands(void **state)
         "node=gpu1,listen=[::1]:7000,advertise=10.0.0.1,transport=tcp,shard_size=2M,cache_size=3G,"
         "cache_dir=/var/cache,fetch=demand,open=stream,read_timeout=5,orphan_ttl=0,"
         "tcp_congestion=cubic,digest=sha256,allow_overwrite,credentials=/c,secret_file=/s,"
-        "encryption=off,locality=z1/r2,log_level=debug,max_upload=10M,max_download=1.5G");
+        "encryption=off,locality=z1/r2,log_level=debug,seed=idle,max_upload=10M,max_download=1.5G");
     assert_string_equal(out.node, "gpu1");
     assert_string_equal(out.listen, "[::1]:7000");
     assert_string_equal(out.advertise, "10.0.0.1");
@@ -84,6 +84,7 @@ static void every_value_lands(void **state)
     assert_string_equal(out.credentials, "/c");
     assert_string_equal(out.secret_file, "/s");
     assert_string_equal(out.locality, "z1/r2");
+    assert_true(out.seed_idle);
     assert_int_equal(out.max_upload, 10 << 20);
     assert_int_equal(out.max_download, 3ull << 29);
     assert_int_equal(out.log_level, LOG_DEBUG);
@@ -162,6 +163,7 @@ static void bad_values_are_refused_by_name(void **state)
     refused("locality=z/", "locality=z/", "ZONE");
     refused("locality=z/r/s", "locality=z/r/s", "ZONE");
     refused("locality=z one", "locality=z one", "ZONE");
+    refused("seed=never", "seed=never", "normal or idle");
     refused("max_upload=fast", "max_upload=fast", "K, M, G");
     refused("max_upload=1K", "max_upload=1K", "64K");
     refused("max_download=-1", "max_download=-1", "64K");

@@ -204,11 +204,46 @@ static void advice_names_what_nobody_has(void **state)
     slots_book_close(book);
 }
 
+/* A reader is served at once; background one at a time, and slowly while the node has work of its own. */
+static void an_idle_seeder_goes_behind_everything(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask normal[4] = {0};
+    struct slots_ask urgent[2] = {{.urgent = true}, {.urgent = true}};
+    slots.idle = true;
+    for (unsigned i = 0; i < 4; i++) {
+        assert_true(slots_ask(&slots, &peer, &normal[i]));
+    }
+    assert_ptr_equal(slots_next(&slots, 10 * MS), &normal[0]);
+    assert_null(slots_next(&slots, 10 * MS));
+    assert_true(slots_ask(&slots, &peer, &urgent[0]));
+    assert_ptr_equal(slots_next(&slots, 10 * MS), &urgent[0]);
+    slots_end(&slots, &normal[0], 20 * MS, true);
+    assert_null(slots_next(&slots, 20 * MS)); /* the reader's shard is under way */
+    slots_end(&slots, &urgent[0], 30 * MS, true);
+    assert_ptr_equal(slots_next(&slots, 30 * MS), &normal[1]);
+    slots_end(&slots, &normal[1], 40 * MS, true);
+
+    slots.yield = true;
+    assert_null(slots_next(&slots, 40 * MS));
+    assert_true(slots_ask(&slots, &peer, &urgent[1]));
+    assert_ptr_equal(slots_next(&slots, 40 * MS), &urgent[1]);
+    slots_end(&slots, &urgent[1], 50 * MS, true);
+    assert_null(slots_next(&slots, 900 * MS));
+    assert_ptr_equal(slots_next(&slots, 30 * MS + SLOTS_TRICKLE_NS), &normal[2]);
+    slots_end(&slots, &normal[2], 40 * MS + SLOTS_TRICKLE_NS, true);
+    assert_null(slots_next(&slots, 40 * MS + SLOTS_TRICKLE_NS));
+    slots.yield = false;
+    assert_ptr_equal(slots_next(&slots, 40 * MS + SLOTS_TRICKLE_NS), &normal[3]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(beyond_the_slots_asks_wait_and_a_free_slot_goes_on),
         cmocka_unit_test(slots_go_round_the_peers),
+        cmocka_unit_test(an_idle_seeder_goes_behind_everything),
         cmocka_unit_test(who_is_behind_goes_first),
         cmocka_unit_test(a_reader_goes_before_background),
         cmocka_unit_test(who_never_says_done_holds_no_slot),
