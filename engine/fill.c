@@ -249,14 +249,15 @@ static int fill_take(struct fill *fill)
     spread_window_took(&pull->window, took);
     pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
     source_praise(fill->source);
-    trace_landed(replica, fill->request.shard,
-                 &(struct trace_landing){.peer = supplier_peer(fill->source->attachment.supplier),
-                                         .transport = pull->lane->transport->ops->name,
-                                         .queued_ns = fill->granted_ns - fill->asked_ns,
-                                         .wire_ns = took,
-                                         .verify_ns = fill->verify_ns,
-                                         .urgent = fill->request.urgent,
-                                         .hedged = fill->twin || fill->apart});
+    trace_landed(
+        replica, fill->request.shard,
+        &(struct trace_landing){.peer = supplier_peer(fill->source->attachment.supplier),
+                                .transport = supplier_transport(fill->source->attachment.supplier),
+                                .queued_ns = fill->granted_ns - fill->asked_ns,
+                                .wire_ns = took,
+                                .verify_ns = fill->verify_ns,
+                                .urgent = fill->request.urgent,
+                                .hedged = fill->twin || fill->apart});
     if (fill->twin) {
         fill_cancel(fill->twin); /* from here on nobody else writes there */
     }

@@ -83,6 +83,13 @@ struct supplier *supplier_get(struct lane *lane, const struct model_node *node)
     return s;
 }
 
+const char *supplier_transport(const struct supplier *supplier)
+{
+    const struct transport *used =
+        supplier->link ? supplier->link->transport : supplier->lane->transport;
+    return used->ops->name;
+}
+
 struct peer *supplier_peer(struct supplier *supplier)
 {
     return supplier->peer;

@@ -67,6 +67,8 @@ struct request {
 
 /* The supplier for a live node; made when new. NULL: out of memory. */
 struct supplier *supplier_get(struct lane *lane, const struct model_node *node);
+/* The name of the transport that its link uses, or used last. */
+const char *supplier_transport(const struct supplier *supplier);
 struct peer *supplier_peer(struct supplier *supplier);
 const struct model_node *supplier_node(struct supplier *supplier);
 bool supplier_by_rdma(const struct supplier *supplier);
