@@ -188,7 +188,8 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         sampler.ended = True
         sampler.join()
         sampler.look()
-        assert set(documented()) - sampler.moved() == set()
+        rdma = {name for name in documented() if "rdma" in name}  # moved in tests/guest
+        assert set(documented()) - rdma - sampler.moved() == set()
         assert sampler.moved() - set(documented()) == set()
     finally:
         service.kill()

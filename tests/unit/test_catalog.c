@@ -410,6 +410,13 @@ static void a_version_lives_as_long_as_a_name_leads_to_it(void **state)
     struct model_id linked = version_at(b, "g");
     assert_true(model_id_equal(&linked, &version));
     assert_int_equal(catalog_version_names(b->catalog, &version), 2);
+
+    struct model_id asked[2] = {{.bytes = {9}}, version};
+    char *paths[2];
+    assert_int_equal(catalog_version_paths(b->catalog, asked, 2, paths), 0);
+    assert_null(paths[0]);
+    assert_true(strcmp(paths[1], "f") == 0 || strcmp(paths[1], "g") == 0);
+    free(paths[1]);
     catalog_totals(b->catalog, &totals);
     assert_int_equal(totals.bytes, 100); /* once */
     assert_int_equal(do_unlink(b, MODEL_ROOT, "f"), 0);

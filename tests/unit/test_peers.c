@@ -82,6 +82,42 @@ static void a_peer_that_sent_wrong_bytes_is_left_alone(void **state)
     assert_true(peer_quarantined(peer)); /* one right shard does not end it */
 }
 
+static void peers_have_numbers(void **state)
+{
+    for (unsigned i = 0; i < 200; i++) {
+        struct peer *peer = calls("n", i);
+        assert_int_equal(peer->number, i + 1);
+        assert_ptr_equal(peers_numbered(peers, peer->number), peer);
+    }
+    assert_null(peers_numbered(peers, 0));
+    assert_null(peers_numbered(peers, 201));
+}
+
+static void rates_follow_what_moves(void **state)
+{
+    const uint64_t second = 1000000000ull;
+    struct peer *peer = peers_get(peers, "n", NULL);
+    uint64_t now = 100 * second;
+    for (unsigned i = 0; i < 20; i++) {
+        atomic_fetch_add(&peer->received, 1000000);
+        atomic_fetch_add(&peer->sent, 250000);
+        peers_sample(peers, now += second);
+        peers_sample(peers, now); /* no time has passed: nothing happens */
+    }
+    struct engine_peer *list;
+    size_t count;
+    assert_int_equal(peers_list(peers, "tcp", &list, &count), 0);
+    assert_in_range(list[0].rate_down, 990000, 1010000);
+    assert_in_range(list[0].rate_up, 247000, 253000);
+    free(list);
+    for (unsigned i = 0; i < 40; i++) {
+        peers_sample(peers, now += second);
+    }
+    assert_int_equal(peers_list(peers, "tcp", &list, &count), 0);
+    assert_int_equal(list[0].rate_down, 0);
+    free(list);
+}
+
 #define STORY(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
 int main(void)
@@ -89,6 +125,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         STORY(a_name_is_one_peer),
         STORY(ever_new_callers_use_bounded_memory),
+        STORY(peers_have_numbers),
+        STORY(rates_follow_what_moves),
         STORY(a_peer_that_sent_wrong_bytes_is_left_alone),
     };
     log_setup(LOG_ERROR, false);
