@@ -62,7 +62,7 @@ void digest_shard_advance(struct digest_shard *d, size_t landed)
         if (landed < d->hashed + leaf)
             return;
         const uint8_t *bytes =
-            d->data ? d->data + d->hashed : d->gather(d->arg, d->hashed, leaf, d->leaf);
+            d->gather ? d->gather(d->arg, d->hashed, leaf, d->leaf) : d->data + d->hashed;
         d->ops->hash(bytes, leaf, d->leaves + d->hashed / DIGEST_LEAF * d->ops->size);
         d->hashed += leaf;
     }

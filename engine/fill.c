@@ -92,7 +92,9 @@ static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent,
     size_t length = replica_shard_size(replica, shard);
     fill->source = source;
     fill->apart = apart ? malloc(length) : NULL;
-    int status = apart ? (fill->apart ? 0 : -ENOMEM) : lent_place(replica, shard, &fill->place);
+    int status = apart ? (fill->apart ? 0 : -ENOMEM)
+                       : lent_place(replica, shard, supplier_scattered(source->attachment.supplier),
+                                    &fill->place);
     uint8_t *destination = apart ? fill->apart : fill->place.at;
     fill->request.ops = &fill_ops;
     fill->request.shard = shard;
@@ -110,8 +112,10 @@ static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent,
         fill_drop(fill);
         return NULL;
     }
-    fill->hash.gather = lent_gather;
-    fill->hash.arg = &fill->place;
+    if (fill->place.pieces) {
+        fill->hash.gather = lent_gather;
+        fill->hash.arg = &fill->place;
+    }
     fill->asked_ns = fill->progress_ns = now_of(fill);
     return fill;
 }

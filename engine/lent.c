@@ -170,8 +170,7 @@ static void lent_drop(struct lane *lane, void *arg)
 {
     struct replica *replica = arg;
     pull_drop(lane, replica);
-    replica_get(replica);
-    serve_revoke(lane, replica);
+    serve_drop(lane, replica);
     extents_leave(replica->extents);
     replica_put(replica);
 }
@@ -195,19 +194,18 @@ void engine_lent_release(struct engine *engine, struct replica *replica)
 /* ---- bytes ---- */
 
 /* In pieces, where the transport can do that. */
-static int place_scattered(struct replica *replica, uint64_t offset, uint64_t length,
-                           struct lent_place *place)
+static int place_pieces(struct replica *replica, uint64_t offset, uint64_t length, bool scattered,
+                        struct lent_place *place)
 {
-    struct engine *engine = replica->engine;
-    if (engine->transport->scattered) {
+    if (scattered) {
         place->pieces = extents_pieces(replica->extents, offset, length, &place->piece_count);
         return place->pieces ? 0 : -ENOMEM;
     }
-    place->at = place->bounce = bounce_take(engine->bounce, length);
+    place->at = place->bounce = bounce_take(replica->engine->bounce, length);
     return place->at ? 0 : -ENOMEM;
 }
 
-int lent_place(struct replica *replica, uint32_t shard, struct lent_place *place)
+int lent_place(struct replica *replica, uint32_t shard, bool scattered, struct lent_place *place)
 {
     uint64_t offset = replica_shard_offset(replica, shard);
     uint64_t length = replica_shard_size(replica, shard);
@@ -217,7 +215,7 @@ int lent_place(struct replica *replica, uint32_t shard, struct lent_place *place
         return 0;
     }
     place->at = extents_at(replica->extents, offset, length);
-    return place->at ? 0 : place_scattered(replica, offset, length, place);
+    return place->at ? 0 : place_pieces(replica, offset, length, scattered, place);
 }
 
 void lent_place_clear(struct engine *engine, struct lent_place *place)
@@ -227,12 +225,12 @@ void lent_place_clear(struct engine *engine, struct lent_place *place)
     *place = (struct lent_place){0};
 }
 
-int lent_region(struct replica *replica, uint32_t shard, struct lent_place *place,
+int lent_region(struct replica *replica, uint32_t shard, bool scattered, struct lent_place *place,
                 struct transport_region *region)
 {
     uint64_t offset = replica_shard_offset(replica, shard);
     uint64_t length = replica_shard_size(replica, shard);
-    int status = lent_place(replica, shard, place);
+    int status = lent_place(replica, shard, scattered, place);
     if (status < 0) {
         return status;
     }

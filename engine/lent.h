@@ -13,10 +13,11 @@ struct lent_place {
     size_t piece_count;
     uint8_t *bounce; /* it does, and the transport cannot: the bytes pass through here */
 };
-int lent_place(struct replica *replica, uint32_t shard, struct lent_place *place); /* -ENOMEM */
+/* scattered: as the link's transport has it. -ENOMEM. */
+int lent_place(struct replica *replica, uint32_t shard, bool scattered, struct lent_place *place);
 void lent_place_clear(struct engine *engine, struct lent_place *place);
 /* What a peer is granted, which is at `place` from then on. -ENOMEM, -EFAULT. Lane thread. */
-int lent_region(struct replica *replica, uint32_t shard, struct lent_place *place,
+int lent_region(struct replica *replica, uint32_t shard, bool scattered, struct lent_place *place,
                 struct transport_region *region);
 /* For digest.h's gather; arg: the place. */
 const uint8_t *lent_gather(void *arg, size_t offset, size_t length, uint8_t *leaf);

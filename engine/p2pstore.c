@@ -303,7 +303,7 @@ static int stale_find(struct p2pstore *store, const char *name, struct store_hol
                      : -ENOENT;
         model_entry_clear(&entry);
     }
-    if (status < 0) {
+    if (status != 0) {
         return store_fail(-ENOENT, "%s: no such name is registered", name);
     }
     if (strcmp(version.origin_node, store->node) != 0) {
@@ -446,7 +446,7 @@ static int call_block(struct p2pstore *store, const struct call *call, int64_t t
             status = p2pstore_request_status(request);
         }
         if (status < 0) {
-            store_fail(status, "%s", request->error);
+            store_say("%s", request->error);
         }
         p2pstore_request_free(request);
     }

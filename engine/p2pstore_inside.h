@@ -94,8 +94,9 @@ struct p2pstore {
     struct p2pstore_request *completed; /* utlist, oldest first */
 };
 
-/* Keeps the sentence for p2pstore_error and returns status. */
-int store_fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* Keeps the sentence for p2pstore_error; its value is the status. */
+#define store_fail(status, ...) (store_say(__VA_ARGS__), (status))
+void store_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 /* The same for one that was made elsewhere; takes it (malloc'd or NULL: strerror speaks). */
 int store_fail_why(int status, const char *what, char *why);
 /* Brackets every public call. 0 or the error to return. */

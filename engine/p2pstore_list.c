@@ -169,7 +169,7 @@ static int list_add(struct p2pstore *store, struct p2pstore_list *list, const ch
         free(item);
         return status == -ENOENT ? 0 : status; /* removed meanwhile */
     }
-    strcpy(item->name, name);
+    memcpy(item->name, name, strlen(name) + 1);
     struct p2pstore_entry *entry = &item->entry;
     entry->name = item->name;
     entry->max_shard_size = item->version.shard_size;
@@ -272,7 +272,7 @@ static int list_make(struct p2pstore *store, const char *prefix, int64_t timeout
     }
     int status = catalog_census(store->catalog, census_each, census_done, census);
     if (status < 0) {
-        census_put(census); /* the answer's: there is none */
+        census->references = 1; /* no answer will come */
     }
     int listed = list_dir(store, list, MODEL_ROOT, path, 0, prefix);
     if (listed == 0 && list->count) {

@@ -335,7 +335,7 @@ static int node_open(struct p2pstore *store, const struct settings *s)
                                    .secret = &store->secret};
     status = engine_open(&engine, &store->engine, &why);
     if (status < 0) {
-        store_fail_why(status, s->listen, why);
+        (void)store_fail_why(status, s->listen, why);
         goto close_catalog;
     }
     gate_set(store, store->engine);
@@ -345,7 +345,7 @@ static int node_open(struct p2pstore *store, const struct settings *s)
         status = catalog_serve(store->catalog, address, &why);
     }
     if (status < 0) {
-        store_fail_why(status, s->node, why);
+        (void)store_fail_why(status, s->node, why);
         goto close_engine;
     }
     return 0;
@@ -462,13 +462,14 @@ int p2pstore_close(struct p2pstore *store)
     node_close(store);
     work_close(store->callbacks);
     signals_release(&before);
-    struct store_hold *hold;
-    struct store_hold *next;
-    HASH_ITER(hh, store->holds, hold, next) { /* names that could not be unlinked */
-        HASH_DEL(store->holds, hold);
+    struct store_hold *hold = store->holds; /* names that could not be unlinked */
+    HASH_CLEAR(hh, store->holds);
+    while (hold) {
+        struct store_hold *next = hold->hh.next;
         extents_free(hold->extents);
         free(hold->name);
         free(hold);
+        hold = next;
     }
     store_put(store);
     return 0;

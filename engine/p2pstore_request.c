@@ -20,21 +20,20 @@ const char *p2pstore_error(void)
     return last_error;
 }
 
-int store_fail(int status, const char *format, ...)
+void store_say(const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(last_error, sizeof last_error, format, arguments);
     va_end(arguments);
-    return status;
 }
 
 int store_fail_why(int status, const char *what, char *why)
 {
     if (why) {
-        store_fail(status, "%s", why);
+        store_say("%s", why);
     } else {
-        store_fail(status, "%s: %s", what, strerror(-status));
+        store_say("%s: %s", what, strerror(-status));
     }
     free(why);
     return status;
@@ -487,7 +486,7 @@ int p2pstore_request_cancel(struct p2pstore_request *request)
 {
     int status = store_enter(request->store);
     if (status == -ESHUTDOWN) { /* close ends it, and waits as we would */
-        status = p2pstore_request_wait(request, -1);
+        (void)p2pstore_request_wait(request, -1);
         return -EALREADY;
     }
     if (status == 0) {

@@ -300,6 +300,23 @@ void serve_revoke(struct lane *lane, void *arg)
     grant_dispatch(lane);
 }
 
+void serve_drop(struct lane *lane, struct replica *replica)
+{
+    struct session *s;
+    DL_FOREACH(lane->sessions, s) {
+        struct grant *grant;
+        struct grant *next;
+        HASH_ITER(hh, s->grants, grant, next) {
+            if (grant->replica == replica) {
+                grant_gone_send(s, 0, grant->request, WIRE_GONE_EVICTED);
+                grant_end(s, grant, false);
+            }
+        }
+    }
+    replica_get(replica);
+    serve_revoke(lane, replica);
+}
+
 void serve_close_all(struct lane *lane)
 {
     struct session *s;

@@ -21,6 +21,8 @@ void serve_tick(struct lane *lane, uint64_t now_ns);
 void serve_news(struct lane *lane);
 /* Posted to all lanes with a reference: every session forgets the replica; peers hear GONE. */
 void serve_revoke(struct lane *lane, void *replica);
+/* The same on one lane, without a reference, and at once: when it returns nobody reads its bytes through this lane. */
+void serve_drop(struct lane *lane, struct replica *replica);
 void serve_close_all(struct lane *lane);
 
 #endif

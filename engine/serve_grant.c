@@ -106,7 +106,8 @@ static void grant_expose(struct session *s, struct grant *grant)
     grant->length = region.length;
     grant->since_ns = loop_now_ns(s->lane->loop);
     atomic_fetch_add(&s->lane->engine->counters.grants_open, 1);
-    int status = lent_region(replica, shard, &grant->place, &region);
+    int status =
+        lent_region(replica, shard, s->link->transport->ops->scattered, &grant->place, &region);
     if (status == 0) {
         status = s->link->transport->ops->expose(s->link, grant->request, &region,
                                                  grant->ask.urgent, &message.descriptor);

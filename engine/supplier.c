@@ -95,6 +95,11 @@ struct peer *supplier_peer(struct supplier *supplier)
     return supplier->peer;
 }
 
+bool supplier_scattered(const struct supplier *supplier)
+{
+    return supplier->link && supplier->link->transport->ops->scattered;
+}
+
 const struct model_node *supplier_node(struct supplier *supplier)
 {
     return &supplier->node;

@@ -72,6 +72,8 @@ const char *supplier_transport(const struct supplier *supplier);
 struct peer *supplier_peer(struct supplier *supplier);
 const struct model_node *supplier_node(struct supplier *supplier);
 bool supplier_by_rdma(const struct supplier *supplier);
+/* Whether its link, if it has one, takes fetches in pieces (transport.h). */
+bool supplier_scattered(const struct supplier *supplier);
 uint64_t supplier_heard_ns(const struct supplier *supplier); /* when it last said anything */
 
 void supplier_attach(struct supplier *supplier, struct attachment *attachment);

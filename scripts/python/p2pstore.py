@@ -343,11 +343,23 @@ class Store:
         """Takes back the buffers of a pull; the name stays."""
         self._wait(self.delete_replica_start(name), timeout)
 
-    def list(self, prefix="", timeout=10):
-        """An Entry for every registered name that begins with prefix, in order."""
+    def _list(self, prefix, timeout):
         handle = ctypes.c_void_p()
         _check(_library.p2pstore_list(self._open(), os.fsencode(prefix), _milliseconds(timeout),
                                       ctypes.byref(handle)))  # fmt: skip
+        return handle
+
+    def count(self, prefix="", timeout=10):
+        """How many entries list() would return, without making them."""
+        handle = self._list(prefix, timeout)
+        try:
+            return _library.p2pstore_list_count(handle)
+        finally:
+            _library.p2pstore_list_free(handle)
+
+    def list(self, prefix="", timeout=10):
+        """An Entry for every registered name that begins with prefix, in order."""
+        handle = self._list(prefix, timeout)
         try:
             found = []
             for i in range(_library.p2pstore_list_count(handle)):

@@ -248,7 +248,7 @@ def test_numpy_arrays_are_pulled_in_place(stores):
     a.register("arrays", source, max_shard_size=1 << 20)
     entry = known(b, "arrays")
     assert entry.sizes == [array.nbytes for array in source] and entry.origin == "a"
-    assert entry.state == "available" and entry.holders == 1
+    assert entry.state == "available" and entry.holders == 1 and b.count("arr") == 1
     b.get_replica("arrays", target)
     assert all((x == y).all() for x, y in zip(source, target))
     assert known(b, "arrays").state == "replica"
