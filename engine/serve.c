@@ -245,6 +245,9 @@ void serve_news(struct lane *lane)
 
 void serve_tick(struct lane *lane, uint64_t now_ns)
 {
+    pthread_mutex_lock(&lane->engine->slots_lock);
+    slots_overdue(&lane->engine->slots, now_ns);
+    pthread_mutex_unlock(&lane->engine->slots_lock);
     struct session *s;
     struct session *next;
     DL_FOREACH_SAFE(lane->sessions, s, next) {
@@ -259,6 +262,7 @@ void serve_tick(struct lane *lane, uint64_t now_ns)
         struct grant *grant;
         struct grant *next_grant;
         HASH_ITER(hh, s->grants, grant, next_grant) {
+            grant_overdue(s, grant);
             if (grant->gone_ns && now_ns - grant->gone_ns > SERVE_FENCE_NS) {
                 grant_end(s, grant, false); /* what it still reads ends the link */
             } else if (grant->exposed && now_ns - grant->since_ns > SERVE_GRANT_NS) {
@@ -267,9 +271,6 @@ void serve_tick(struct lane *lane, uint64_t now_ns)
             }
         }
     }
-    pthread_mutex_lock(&lane->engine->slots_lock);
-    slots_overdue(&lane->engine->slots, now_ns);
-    pthread_mutex_unlock(&lane->engine->slots_lock);
     grant_dispatch(lane);
     serve_news(lane);
 }

@@ -15,6 +15,16 @@ static uint64_t now_ms(void)
     return util_now_ns() / 1000000;
 }
 
+static void promise_end(struct session *s, struct grant *grant, bool landed)
+{
+    if (grant->promised) {
+        grant->promised = false;
+        pthread_mutex_lock(&grant->replica->lock);
+        slots_book_settle(grant->replica->book, grant->shard, s->mark, now_ms(), landed);
+        pthread_mutex_unlock(&grant->replica->lock);
+    }
+}
+
 /* The slot and the promise go; `done`: the peer has all of it. */
 static void slot_end(struct session *s, struct grant *grant, bool done)
 {
@@ -23,10 +33,17 @@ static void slot_end(struct session *s, struct grant *grant, bool done)
     pthread_mutex_lock(&engine->slots_lock);
     slots_end(&engine->slots, &grant->ask, util_now_ns(), landed);
     pthread_mutex_unlock(&engine->slots_lock);
-    if (grant->promised) {
-        pthread_mutex_lock(&grant->replica->lock);
-        slots_book_settle(grant->replica->book, grant->shard, s->mark, now_ms(), landed);
-        pthread_mutex_unlock(&grant->replica->lock);
+    promise_end(s, grant, landed);
+}
+
+void grant_overdue(struct session *s, struct grant *grant)
+{
+    struct engine *engine = s->lane->engine;
+    pthread_mutex_lock(&engine->slots_lock);
+    bool overdue = grant->ask.state == SLOTS_OVERDUE;
+    pthread_mutex_unlock(&engine->slots_lock);
+    if (overdue) {
+        promise_end(s, grant, false);
     }
 }
 

@@ -17,6 +17,7 @@
 #define SOURCE_AGAIN_FIRST_MS  100        /* a source that failed is left alone for so long, */
 #define SOURCE_AGAIN_LAST_MS   30000      /* and, failing again and again, for so long */
 #define SOURCE_URGENT_INFLIGHT 32
+#define SOURCE_STARVING_NS     3000000000ull
 
 static const struct attachment_ops source_ops;
 
@@ -265,6 +266,16 @@ static struct source *source_idlest(struct pull *pull, enum source_turn turn, ui
     return best;
 }
 
+/* Nothing has come for so long that it is urgent, whoever waits: holders do not refuse it then, so that no pull fails
+ * while a live one has what it lacks. */
+static bool starving(const struct pull *pull, uint64_t now)
+{
+    const struct replica *replica = pull->replica;
+    uint64_t patience = (uint64_t)replica->engine->config.read_timeout_ms * 500000;
+    uint64_t progress = atomic_load(&replica->progress_ns);
+    return now > progress + (patience < SOURCE_STARVING_NS ? patience : SOURCE_STARVING_NS);
+}
+
 static void sources_turn(struct pull *pull, enum source_turn turn, uint32_t usable, uint64_t now)
 {
     struct source *source;
@@ -272,9 +283,10 @@ static void sources_turn(struct pull *pull, enum source_turn turn, uint32_t usab
         source->dry = false;
     }
     while ((source = source_idlest(pull, turn, usable, now))) {
-        bool urgent;
+        bool urgent = false;
         uint32_t shard = shard_take(source, turn, &urgent);
         source->dry = shard == SPREAD_NONE;
+        urgent |= turn == TURN_ANY && starving(pull, now);
         if (!source->dry && fill_start(source, shard, urgent) < 0) {
             shard_untake(pull->replica, shard);
             source->dry = true;

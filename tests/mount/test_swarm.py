@@ -1,0 +1,183 @@
+"""Many nodes pull one file at once, and some of them die, stop or come and go meanwhile.
+
+Uploads are limited, so that loopback is slow enough for all of them to take part. P2PFS_SEED repeats a run.
+"""
+# ctest: timeout=600
+
+import os
+import random
+import subprocess
+import time
+
+import pytest
+
+from harness import env
+from harness.data import digest, write_file
+from harness.wait import eventually
+
+MIB = 1 << 20
+SIZE = 48 * MIB  # shards of 1 MiB
+GAUGES = ("grants_open", "readers_waiting", "pulls_running")
+RATE = "24M"  # bytes/s that each node uploads
+
+
+@pytest.fixture
+def seed():
+    value = int(os.environ.get("P2PFS_SEED") or time.time_ns() % 1_000_000)
+    print(f"P2PFS_SEED={value}")
+    return random.Random(value)
+
+
+def swarm(cluster, tmp_path, count):
+    """A registrar whose file lies in place, and nodes that know its name."""
+    source = write_file(tmp_path / "source", SIZE)
+    registrar = cluster.node(max_upload=RATE)
+    os.symlink(source, registrar.path("f"))
+    pullers = cluster.nodes(count, max_upload=RATE, read_timeout="4")
+    for node in pullers:
+        eventually(node.path("f").exists, 5, f"f on {node.name}")
+    # Digested, so that who remounts may serve at once.
+    eventually(lambda: not registrar.xattr("f", "digest").endswith(":"), 20, "f is sealed")
+    return registrar, pullers, digest(source)
+
+
+def pull(node):
+    return subprocess.Popen(
+        [env.BINARY, "pull", "--quiet", node.path("f")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def pull_all(nodes):
+    return {node.name: pull(node) for node in nodes}
+
+
+def finish(pulls, nodes, seconds=60):
+    """Each of them has it all."""
+    for node in nodes:
+        assert pulls[node.name].wait(seconds * env.SLOWNESS) == 0, node.log
+
+
+def resident(node):
+    return int(node.xattr("f", "resident"))
+
+
+def check(nodes, expected):
+    """Bytes are equal, nothing is stuck, all gauges are back at zero."""
+    for node in nodes:
+        assert digest(node.path("f")) == expected, node.name
+
+    def quiet(node):
+        gauges = node.metrics()
+        return not any(gauges[f"p2pfs_{name}"] for name in GAUGES)
+
+    for node in nodes:
+        eventually(lambda node=node: quiet(node), 20, f"{node.name} quiet")
+
+
+def under_way(nodes):
+    """Each has a shard, and none has all."""
+    eventually(lambda: all(resident(node) > 0 for node in nodes), 20, "a shard everywhere")
+    return all(resident(node) < SIZE for node in nodes)
+
+
+def test_the_registrar_sends_little_more_than_one_copy(cluster, tmp_path):
+    registrar, pullers, expected = swarm(cluster, tmp_path, 6)
+    finish(pull_all(pullers), pullers)
+    copies = registrar.status()["bytes_served"] / SIZE
+    print(f"the registrar sent {copies:.2f} copies to {len(pullers)} nodes")
+    assert copies <= 1.5
+    check([registrar, *pullers], expected)
+
+
+def test_the_swarm_completes_without_the_registrar(cluster, tmp_path):
+    """It is killed when each shard has left it once; who still fails by then finishes when it returns."""
+    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+    pulls = pull_all(pullers)
+    eventually(lambda: registrar.status()["bytes_served"] >= SIZE, 30, "one copy is out")
+    registrar.kill9()
+    alone = [pulls[node.name].wait(60 * env.SLOWNESS) == 0 for node in pullers]
+    print(f"{sum(alone)} of {len(pullers)} nodes completed without the registrar")
+    registrar.start()
+    check(pullers, expected)
+
+
+def test_readers_fail_and_finish_when_the_registrar_returns(cluster, tmp_path):
+    """It is killed before the others have everything among themselves."""
+    registrar, pullers, expected = swarm(cluster, tmp_path, 3)
+    pulls = pull_all(pullers)
+    assert under_way(pullers)
+    registrar.kill9()
+    for node in pullers:
+        assert pulls[node.name].wait(60 * env.SLOWNESS) != 0, f"{node.name} got what nobody has"
+    registrar.start()
+    check([registrar, *pullers], expected)
+
+
+@pytest.mark.parametrize("who", ["registrar", "puller"])
+def test_one_is_stopped_and_goes_on(cluster, tmp_path, who):
+    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+    pulls = pull_all(pullers)
+    assert under_way(pullers)
+    stopped = registrar if who == "registrar" else pullers[0]
+    stopped.pause()
+    others = [node for node in pullers if node is not stopped]
+    if who == "puller":
+        finish(pulls, others)
+    else:
+        time.sleep(2)  # less than read_timeout: nobody has to fail
+    stopped.resume()
+    finish(pulls, pullers)
+    check([registrar, *pullers], expected)
+
+
+def test_a_third_of_the_nodes_is_killed(cluster, tmp_path, seed):
+    registrar, pullers, expected = swarm(cluster, tmp_path, 6)
+    pulls = pull_all(pullers)
+    assert under_way(pullers)
+    killed = seed.sample(pullers, 2)
+    for node in killed:
+        time.sleep(seed.random() * 0.5)
+        node.kill9()
+    others = [node for node in pullers if node not in killed]
+    finish(pulls, others)
+    for node in killed:
+        pulls[node.name].wait(30 * env.SLOWNESS)
+    check([registrar, *others], expected)
+
+
+def test_mounts_come_and_go(cluster, tmp_path, seed):
+    registrar, pullers, expected = swarm(cluster, tmp_path, 5)
+    pulls = pull_all(pullers)
+    assert under_way(pullers)
+    for node in seed.sample(pullers, 3):
+        time.sleep(seed.random() * 0.3)
+        node.process.terminate()
+        pulls[node.name].wait(30 * env.SLOWNESS)
+        node.wait_exit()
+        node.start()
+        eventually(node.path("f").exists, 5, f"f on {node.name}")
+        pulls[node.name] = pull(node)
+    finish(pulls, pullers)
+    check([registrar, *pullers], expected)
+
+
+def test_evicted_and_removed_while_it_is_pulled(cluster, tmp_path):
+    """A replica goes in the middle: the others take it elsewhere. Then the name goes: who has it open reads on."""
+    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+    first, *rest = pullers
+    finish({first.name: pull(first)}, [first])
+    pulls = pull_all(rest)
+    assert under_way(rest)
+    first.cli("evict", "f")
+    finish(pulls, rest)
+    check([registrar, *rest], expected)
+
+    last = first
+    opened = open(last.path("f"), "rb")  # pylint: disable=consider-using-with
+    with opened:
+        opened.read(1)
+        os.unlink(rest[0].path("f"))
+        rest_of_it = opened.read()
+    assert len(rest_of_it) == SIZE - 1
