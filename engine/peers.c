@@ -156,7 +156,7 @@ void peer_rdma_failed(struct peer *peer, const char *reason)
     uint32_t ms =
         spread_backoff_ms(failures, PEERS_RDMA_FIRST_MS, PEERS_RDMA_LAST_MS, util_random_u64());
     atomic_store(&peer->rdma_after_ns, util_now_ns() + ms * 1000000ull);
-    log_say(failures == 1 ? LOG_WARN : LOG_DEBUG,
+    log_say(atomic_exchange(&peer->rdma_said, true) ? LOG_DEBUG : LOG_WARN,
             "peer %s: RDMA failed: %s; TCP is used, RDMA is tried again in %u s", peer->node,
             reason, ms / 1000);
 }

@@ -21,6 +21,7 @@ struct peer {
     atomic_ullong received, sent, verified, corrupt, failed;
     atomic_uint links;
     atomic_uint rdma_links;         /* of them */
+    atomic_bool rdma_said;          /* that it failed */
     atomic_uint rdma_failures;      /* in a row */
     _Atomic uint64_t rdma_after_ns; /* not over RDMA before */
     atomic_uint strikes;            /* corrupt shards in a row */

@@ -33,11 +33,13 @@
 #define RDMA_HEAD_BYTES       8
 #define RDMA_FRAMES           32 /* buffers each way */
 #define RDMA_READS            16 /* READs under way, at most */
+#define RDMA_READS_FIRST      2
 #define RDMA_SLICE_BYTES      (256u << 10)
 #define RDMA_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
 #define RDMA_DESCRIPTOR_BYTES 26 /* 'R', urgent u8, id u32, length u64, address u64, rkey u32 */
 #define RDMA_PREFACE_BYTES    12 /* "p2pfrdm1", frame size u16, frames u16 */
 
+enum rdma_work { RDMA_WORK_RECEIVE, RDMA_WORK_SEND, RDMA_WORK_READ }; /* wr_id: it * 256 + buffer */
 enum rdma_state { RDMA_RESOLVING, RDMA_CONNECTING, RDMA_ACCEPTING, RDMA_OPEN, RDMA_BROKEN };
 
 struct rdma_exposure {
@@ -171,6 +173,10 @@ void rdma_link_turn(struct rdma_link *link);
 void rdma_link_push(struct rdma_link *link);                       /* frames that may go now */
 void rdma_link_heartbeat(struct rdma_link *link, uint64_t now_ns); /* every second */
 
+/* rdma_shard.c */
+void rdma_shard_post(struct rdma_link *link);                   /* READs that may go now */
+void rdma_shard_read_done(struct rdma_link *link, bool landed); /* the oldest READ is over */
+bool rdma_shard_tell(struct rdma_link *link); /* tells one piece of news; false: there was none */
 void rdma_link_pace_due(struct loop_timer *timer);
 void rdma_link_pace_stop(struct rdma_link *link); /* it waits for no limit any more */
 

@@ -1,5 +1,6 @@
 """Mounts that pull over RDMA, each node on a device of its own."""
 
+import json
 import subprocess
 import threading
 
@@ -75,6 +76,8 @@ def test_a_file_comes_by_rdma(pair):
     assert status["rdma_failures"] == 0
     assert second.xattr("f", "transport") == "rdma"
     assert [peer["transport"] for peer in second.peers()["peers"]] == ["rdma"]
+    why = json.loads(second.cli("why", "--json", "f").stdout)
+    assert {shard["transport"] for shard in why["each"]} == {"rdma"}
     assert second.metrics()["p2pfs_received_rdma_bytes_total"] == SIZE
     assert first.status()["bytes_served"] == SIZE
 
@@ -149,6 +152,7 @@ def test_a_device_that_goes_moves_the_pull_to_tcp(pair):
             status = second.status()
             assert 0 < status["bytes_rdma"] < 3 * SIZE
             assert status["rdma_failures"] > 0
+            assert second.metrics()["p2pfs_rdma_failures_total"] == status["rdma_failures"]
             assert second.xattr("f", "transport") == "tcp"
             assert second.log.count("TCP is used") == 1
         finally:

@@ -1,0 +1,344 @@
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <utlist.h>
+
+#include "engine/rdma_link.h"
+#include "meta/base/buf.h"
+#include "meta/base/util.h"
+
+/* The shards of a link: those that this side offers, and those that it reads.
+ *
+ * READs under way are as few as keep the device busy, for a cancelled fetch has to wait for its own: more when they come
+ * back soon, fewer when they take long. */
+#define READ_SOON_NS   1000000ull
+#define READ_LONG_NS   4000000ull
+#define CANCEL_WAIT_NS 300000000ull
+
+// -- Shards that this side offers -----------------------------------------------------------------
+
+static struct rdma_exposure *exposure_find(struct rdma_link *link, uint32_t id)
+{
+    struct rdma_exposure *e;
+    LL_SEARCH_SCALAR(link->exposures, e, id, id);
+    return e;
+}
+
+static void exposure_end(struct rdma_exposure *e)
+{
+    if (e->region)
+        ibv_dereg_mr(e->region);
+    if (e->map)
+        munmap(e->map, e->map_length);
+    free(e);
+}
+
+/* The region's bytes in memory: where the caller has them, or mapped for this. */
+static int exposure_map(struct rdma_exposure *e, const struct transport_region *region, void **at)
+{
+    if (region->map) {
+        *at = (void *)region->map;
+        return 0;
+    }
+    if (region->fd < 0)
+        return -EOPNOTSUPP; // memory in pieces
+    size_t slack = (size_t)region->offset % (size_t)sysconf(_SC_PAGESIZE);
+    e->map_length = region->length + slack;
+    e->map =
+        mmap(NULL, e->map_length, PROT_READ, MAP_SHARED, region->fd, region->offset - (off_t)slack);
+    if (e->map == MAP_FAILED) {
+        e->map = NULL;
+        return -errno;
+    }
+    *at = (uint8_t *)e->map + slack;
+    return 0;
+}
+
+int rdma_link_expose(struct link *base, uint32_t id, const struct transport_region *region,
+                     bool urgent, struct transport_descriptor *descriptor)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    if (link->state != RDMA_OPEN)
+        return -ENOTCONN;
+    if (exposure_find(link, id))
+        return -EEXIST;
+    struct rdma_exposure *e = calloc(1, sizeof(*e));
+    if (!e)
+        return -ENOMEM;
+    e->id = id;
+    void *at = NULL;
+    int r = region->length > 0 ? exposure_map(e, region, &at) : 0;
+    if (r == 0 && region->length > 0)
+        r = rdma_memory_register(link->device, at, region->length, IBV_ACCESS_REMOTE_READ,
+                                 &e->region);
+    if (r < 0) {
+        exposure_end(e);
+        return r;
+    }
+    LL_PREPEND(link->exposures, e);
+    struct buf b = buf_over(descriptor->bytes, sizeof(descriptor->bytes));
+    buf_put_u8(&b, 'R');
+    buf_put_u8(&b, urgent);
+    buf_put_u32(&b, id);
+    buf_put_u64(&b, region->length);
+    buf_put_u64(&b, (uintptr_t)at);
+    buf_put_u32(&b, e->region ? e->region->rkey : 0);
+    descriptor->length = (uint8_t)b.at;
+    return 0;
+}
+
+void rdma_link_unexpose(struct link *base, uint32_t id)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    struct rdma_exposure *e = exposure_find(link, id);
+    if (!e)
+        return;
+    LL_DELETE(link->exposures, e);
+    int error = e->region ? ibv_dereg_mr(e->region) : 0;
+    if (error) // the fence that always holds; without a queue pair nothing can be read
+        rdma_link_break(link, -error, "memory cannot be taken back: %s", strerror(error));
+    else
+        e->region = NULL;
+    exposure_end(e);
+}
+
+// -- Shards that this side reads ------------------------------------------------------------------
+
+/* The pull is over; its memory is not touched any more. */
+static struct transport_fetch *pull_end(struct rdma_link *link, struct rdma_pull *pull)
+{
+    struct transport_fetch *fetch = pull->fetch;
+    DL_DELETE(link->pulls, pull);
+    rdma_memory_retire(link->device, pull->region);
+    free(pull);
+    fetch->link = NULL;
+    fetch->state = NULL;
+    return fetch;
+}
+
+struct pull_registration {
+    struct rdma_registration registration;
+    uint64_t link;
+    uint64_t pull;
+};
+
+static void pull_registered(struct mailbox_item *item, void *arg)
+{
+    struct rdma_registration *r = util_container(item, struct rdma_registration, item);
+    struct pull_registration *mine = util_container(r, struct pull_registration, registration);
+    struct rdma_transport *t = arg;
+    struct rdma_link *link = NULL;
+    struct rdma_pull *pull = NULL;
+    if (t)
+        DL_SEARCH_SCALAR(t->links, link, number, mine->link);
+    if (link)
+        DL_SEARCH_SCALAR(link->pulls, pull, serial, mine->pull);
+    if (pull) {
+        pull->region = r->region;
+        pull->error = r->error;
+        pull->over = r->error < 0;
+        rdma_link_mark(link);
+    } else {
+        rdma_memory_retire(r->device, r->region);
+    }
+    free(mine);
+}
+
+static int pull_register(struct rdma_link *link, struct rdma_pull *pull)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    struct pull_registration *mine = calloc(1, sizeof(*mine));
+    if (!mine)
+        return -ENOMEM;
+    mine->link = link->number;
+    mine->pull = pull->serial;
+    mine->registration = (struct rdma_registration){.item.run = pull_registered,
+                                                    .mailbox = mailbox_ref(t->mailbox),
+                                                    .device = link->device,
+                                                    .address = pull->fetch->destination,
+                                                    .length = pull->fetch->length};
+    rdma_memory_register_later(&mine->registration);
+    return 0;
+}
+
+int rdma_link_fetch(struct link *base, const struct transport_descriptor *descriptor,
+                    struct transport_fetch *fetch)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    struct buf b = buf_over((void *)descriptor->bytes, descriptor->length);
+    uint8_t kind = buf_get_u8(&b);
+    uint8_t urgent = buf_get_u8(&b);
+    uint32_t id = buf_get_u32(&b);
+    uint64_t length = buf_get_u64(&b);
+    uint64_t address = buf_get_u64(&b);
+    uint32_t rkey = buf_get_u32(&b);
+    if (buf_end(&b) < 0 || kind != 'R' || urgent > 1 || id != fetch->id || length != fetch->length)
+        return -EINVAL;
+    if (link->state != RDMA_OPEN)
+        return -ENOTCONN;
+    if (!fetch->destination && length > 0)
+        return -EOPNOTSUPP; // memory in pieces
+    struct rdma_pull *pull;
+    DL_FOREACH(link->pulls, pull) {
+        if (pull->fetch->id == id)
+            return -EEXIST;
+    }
+    pull = calloc(1, sizeof(*pull));
+    if (!pull)
+        return -ENOMEM;
+    pull->fetch = fetch;
+    pull->serial = ++rdma_transport_of(base->transport)->last_number;
+    pull->address = address;
+    pull->rkey = rkey;
+    pull->urgent = urgent;
+    int r = length > 0 ? pull_register(link, pull) : 0;
+    if (r < 0) {
+        free(pull);
+        return r;
+    }
+    DL_APPEND(link->pulls, pull);
+    fetch->landed = 0;
+    fetch->link = base;
+    fetch->state = pull;
+    rdma_link_mark(link);
+    return 0;
+}
+
+void rdma_link_cancel(struct link *base, struct transport_fetch *fetch)
+{
+    struct rdma_link *link = rdma_link_of(base);
+    if (fetch->link != base)
+        return; // it is over, or never began
+    struct rdma_pull *pull = fetch->state;
+    pull->over = true;
+    // READs cannot be called back: the few that are under way come home, or the queue pair ends
+    uint64_t patience = util_now_ns() + CANCEL_WAIT_NS;
+    while (pull->under_way > 0 && link->state == RDMA_OPEN && util_now_ns() < patience)
+        rdma_link_collect(link);
+    if (pull->under_way > 0)
+        rdma_link_break(link, -ETIMEDOUT, "a READ that is not wanted any more does not end");
+    pull_end(link, pull);
+}
+
+void rdma_shard_read_done(struct rdma_link *link, bool landed)
+{
+    struct rdma_pull *pull = link->reads[link->reads_begin].pull;
+    uint32_t length = link->reads[link->reads_begin].length;
+    uint64_t took = link->heard_ns - link->reads[link->reads_begin].posted_ns;
+    link->reads_begin = (link->reads_begin + 1) % RDMA_READS;
+    link->reads_count--;
+    pull->under_way--;
+    if (!landed)
+        return;
+    pull->landed += length;
+    if (took < READ_SOON_NS && link->reads_window < link->reads_limit)
+        link->reads_window++;
+    else if (took > READ_LONG_NS && link->reads_window > RDMA_READS_FIRST)
+        link->reads_window--;
+}
+
+static struct rdma_pull *pull_next(struct rdma_link *link)
+{
+    struct rdma_pull *pull, *first = NULL;
+    DL_FOREACH(link->pulls, pull) {
+        if (!pull->region || pull->over || pull->asked == pull->fetch->length)
+            continue;
+        if (pull->urgent || pull->fetch->urgent)
+            return pull;
+        first = first ? first : pull;
+    }
+    return first;
+}
+
+void rdma_link_pace_stop(struct rdma_link *link)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    loop_timer_clear(t->base.loop, &link->pace);
+    if (t->download)
+        bucket_leave(t->download, &link->ticket);
+}
+
+void rdma_link_pace_due(struct loop_timer *timer)
+{
+    rdma_link_mark(util_container(timer, struct rdma_link, pace));
+}
+
+/* How many of `wanted` bytes may be read now; 0: the timer tells when to ask again. */
+static size_t pace_take(struct rdma_link *link, const struct rdma_pull *pull, size_t wanted)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    uint64_t wait_ns = 0;
+    if (!t->download || bucket_rate(t->download) == 0)
+        return wanted;
+    size_t given = bucket_take(t->download, &link->ticket, wanted, pull->fetch->urgent,
+                               util_now_ns(), &wait_ns);
+    if (given == 0 && loop_timer_set(t->base.loop, &link->pace, wait_ns) < 0)
+        rdma_link_break(link, -ENOMEM, "out of memory");
+    return given;
+}
+
+static int read_post(struct rdma_link *link, struct rdma_pull *pull, size_t length)
+{
+    struct ibv_sge piece = {.addr = (uintptr_t)pull->fetch->destination + pull->asked,
+                            .length = (uint32_t)length,
+                            .lkey = pull->region->lkey};
+    struct ibv_send_wr request = {
+        .wr_id = RDMA_WORK_READ * 256,
+        .sg_list = &piece,
+        .num_sge = 1,
+        .opcode = IBV_WR_RDMA_READ,
+        .wr.rdma = {.remote_addr = pull->address + pull->asked, .rkey = pull->rkey}};
+    struct ibv_send_wr *bad;
+    int error = ibv_post_send(link->id->qp, &request, &bad);
+    if (error)
+        return -error;
+    unsigned at = (link->reads_begin + link->reads_count++) % RDMA_READS;
+    link->reads[at].pull = pull;
+    link->reads[at].length = (uint32_t)length;
+    link->reads[at].posted_ns = util_now_ns();
+    pull->under_way++;
+    pull->asked += length;
+    return 0;
+}
+
+void rdma_shard_post(struct rdma_link *link)
+{
+    struct rdma_pull *pull = NULL;
+    while (link->state == RDMA_OPEN && link->reads_count < link->reads_window &&
+           (pull = pull_next(link))) {
+        size_t length = pull->fetch->length - pull->asked;
+        if (length > RDMA_SLICE_BYTES)
+            length = RDMA_SLICE_BYTES;
+        length = pace_take(link, pull, length);
+        if (length == 0)
+            return;
+        int r = read_post(link, pull, length);
+        if (r < 0)
+            rdma_link_break(link, r, "a READ cannot be posted: %s", strerror(-r));
+    }
+    if (!pull)
+        rdma_link_pace_stop(link); // nothing waits: others need not wait for it
+}
+
+bool rdma_shard_tell(struct rdma_link *link)
+{
+    const struct transport_events *events = link->base.transport->events;
+    struct rdma_pull *pull;
+    DL_FOREACH(link->pulls, pull) {
+        struct transport_fetch *fetch = pull->fetch;
+        if (pull->landed > fetch->landed) {
+            link->base.received += pull->landed - fetch->landed;
+            fetch->landed = pull->landed;
+            events->fetch_landed(&link->base, fetch);
+            return true;
+        }
+        if (pull->landed == fetch->length || (pull->over && pull->under_way == 0)) {
+            int status = pull->landed == fetch->length ? 0 : pull->error;
+            events->fetch_done(&link->base, pull_end(link, pull), status);
+            return true;
+        }
+    }
+    return false;
+}
