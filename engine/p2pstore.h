@@ -80,10 +80,11 @@ P2PSTORE_API const char *p2pstore_error(void);
  *   orphan_ttl=SECONDS     a name that nobody holds goes after this (3600; 0: never)
  *   allow_overwrite        a registration may replace a name that exists
  *   log_level=error|warn|info|debug   what goes to standard error (warn); for the whole process
- * Where there is no RDMA, device= and nic_priority_matrix= are checked and not used, and transport=rdma is refused.
+ * The library moves bytes over TCP: device= and nic_priority_matrix= are accepted and not used, and transport=rdma is
+ * refused.
  * Blocks until the metadata service has answered, or has not (about 10 s); a node of this name that died without
  * closing is waited for (10 s), on another machine. The library starts about twelve threads.
- * -EINVAL: a bad argument or option; -EOPNOTSUPP: transport=rdma without RDMA; -EEXIST: a live node has this name;
+ * -EINVAL: a bad argument or option; -EOPNOTSUPP: transport=rdma; -EEXIST: a live node has this name;
  * -EADDRINUSE, -EADDRNOTAVAIL: listen=; -EACCES: credentials; else why the metadata service could not be reached. */
 P2PSTORE_API int p2pstore_open(const char *metadata, const char *node, const char *const *options,
                                struct p2pstore **store);

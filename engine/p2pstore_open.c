@@ -173,14 +173,15 @@ static int settings_check(const struct settings *s)
     }
     const char *transport = s->transport ? s->transport : "auto";
     if (strcmp(transport, "rdma") == 0) {
-        return store_fail(-EOPNOTSUPP,
-                          "transport=rdma: this build cannot use RDMA; use transport=tcp, or auto");
+        return store_fail(
+            -EOPNOTSUPP,
+            "transport=rdma: the library does not use RDMA; use transport=tcp, or auto");
     }
     if (strcmp(transport, "auto") != 0 && strcmp(transport, "tcp") != 0) {
         return store_fail(-EINVAL, "transport=%s: use auto, tcp or rdma", transport);
     }
     if (s->device || s->nic_priority_matrix) {
-        log_info("device= and nic_priority_matrix= are for RDMA, and this store uses TCP");
+        log_warn("device= and nic_priority_matrix= are for RDMA, and the library uses TCP");
     }
     return 0;
 }
