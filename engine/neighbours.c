@@ -223,12 +223,17 @@ static bool mutual_take(struct replica *replica, const struct model_node *node)
 {
     struct neighbour *found = neighbours_find(replica, node->name, node->boot);
     size_t chosen = 0;
+    size_t near = 0;
     const struct neighbour *neighbour;
     DL_FOREACH(neighbours_list(replica), neighbour) {
         chosen += neighbour->chosen;
+        near += neighbour->chosen && neighbour->near;
     }
     if (!found || found->chosen || chosen >= SPREAD_NEIGHBOURS || peer_quarantined(found->peer)) {
         return false;
+    }
+    if (!found->near && near + SPREAD_FAR >= SPREAD_NEIGHBOURS_FIRST) {
+        return false; /* there are near ones enough */
     }
     neighbour_take(replica, found, chosen, util_now_ms());
     return true;

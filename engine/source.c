@@ -324,7 +324,8 @@ void source_pump_all(struct pull *pull)
         sources_turn(pull, turn, usable, now);
     }
     DL_FOREACH(pull->sources, source) {
-        if (source->inflight == 0 && source_usable(source, now)) {
+        /* One that is far is idle since it is left so. */
+        if (source->inflight == 0 && !source->far && source_usable(source, now)) {
             (void)fill_move(source, now);
         }
     }
