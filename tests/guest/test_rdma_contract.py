@@ -21,16 +21,32 @@ IPV6 = f"[{HOSTS[0].ipv6}]:0"
         ("test_transport_own", IPV4, "rdma*"),
     ],
 )
-@pytest.mark.limit(90)
+@pytest.mark.limit(150)
 def test_stories(program, address, stories):
     done = subprocess.run(
         [PROGRAMS / program, stories],
         env={**os.environ, "P2PFS_RDMA_ADDRESS": address},
         capture_output=True,
         text=True,
-        timeout=80,
+        timeout=140,
         check=False,
     )
     print(done.stdout, done.stderr)
     assert done.returncode == 0
     assert "[       OK ] rdma: " in done.stdout + done.stderr
+
+
+def test_too_little_locked_memory_is_said_once_with_the_remedy():
+    """Without the privilege to lock memory beyond the limit, no queue pair gets its buffers."""
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-ipc_lock", "prlimit", "--memlock=65536"]
+        + [PROGRAMS / "test_transport", "rdma: a_connection_is_made*"],
+        env={**os.environ, "P2PFS_RDMA_ADDRESS": IPV4},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("cannot be registered for RDMA: this process may lock 64 KiB") == 1
+    assert "ulimit -l unlimited" in done.stderr
