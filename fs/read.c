@@ -82,11 +82,13 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
                               .draft = fresh_is(house, inode),
                               .writes = mode != O_RDONLY || (flags & O_CREAT) != 0,
                               .mappable = mode == O_RDWR};
-    if (handle->draft)
+    rc = handle->draft ? through_enter(house, handle) : 0;
+    if (rc == 0 && handle->draft)
         rc = fresh_open(house, inode, handle->writes, &handle->replica);
-    else
+    else if (rc == 0)
         rc = engine_replica_open(house->engine, &inode->key.version, &handle->replica);
     if (rc != 0) {
+        through_leave(house, handle, NULL);
         free(handle);
         /* The version has lost its name since the lookup: the kernel shall look again. */
         return rc == -ENOENT ? -ESTALE : rc;
@@ -94,7 +96,6 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
     if (handle->writes)
         handle->opener = closer_process(caller->pid);
     inode_hold(house->inodes, inode);
-    through_enter(house, handle);
     opened_add(house, &handle->opened);
     *out = handle;
     return 0;

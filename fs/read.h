@@ -17,8 +17,8 @@ struct handle {
     bool draft;    /* opened while it was one: the draft owns the replica, else the handle does */
     bool writes;   /* counts as a writer of its draft */
     bool mappable; /* opened for reading and writing: a shared mapping may write */
-    bool through;  /* the kernel reads it by itself; through.c's */
-    pid_t opener;  /* process */
+    enum { HANDLE_UNCOUNTED, HANDLE_BUFFERED, HANDLE_THROUGH } way; /* through.c's */
+    pid_t opener;                                                   /* process */
     struct replica *replica;
     struct opened opened;
 };

@@ -62,7 +62,8 @@ static int backing_open(struct through *through, fuse_req_t req, int fd)
     if (id > 0)
         return id;
     int error = errno;
-    if (error == EPERM || error == ENOTTY || error == EOPNOTSUPP || error == EINVAL) {
+    /* not EOPNOTSUPP: Linux 6.9 says it of one file whose file system cannot write */
+    if (error == EPERM || error == ENOTTY || error == EINVAL) {
         char why[sizeof(through->why)];
         snprintf(why, sizeof(why), "%s",
                  error == EPERM ? "needs CAP_SYS_ADMIN in the first user namespace: mount as root"
@@ -130,11 +131,21 @@ void through_begin(struct through *through, struct fuse_conn_info *conn)
     pthread_mutex_unlock(&through->lock);
 }
 
-void through_enter(struct house *house, struct handle *handle)
+/* Called with the lock. */
+static void count_buffered(struct handle *handle)
+{
+    handle->inode->io.buffered++;
+    handle->way = HANDLE_BUFFERED;
+}
+
+int through_enter(struct house *house, struct handle *handle)
 {
     pthread_mutex_lock(&house->through->lock);
-    handle->inode->io.buffered++;
+    int rc = handle->inode->io.through > 0 ? -ESTALE : 0;
+    if (rc == 0)
+        count_buffered(handle);
     pthread_mutex_unlock(&house->through->lock);
+    return rc;
 }
 
 /* Called with the lock. fd: the file to read, or negative errno. */
@@ -142,19 +153,20 @@ static int try_locked(fuse_req_t req, struct through *through, struct handle *ha
                       struct fuse_file_info *fi)
 {
     struct inode_io *io = &handle->inode->io;
-    if (fd < 0 || (!through->enabled && io->through == 0))
-        return io->through > 0 ? -EIO : 0;
-    if (io->buffered > 1) { /* others than this handle */
-        bool sent_back = atomic_exchange(&io->twin_wanted, true);
-        return sent_back ? 0 : -ESTALE;
-    }
-    if (io->backing == 0)
+    if (io->through > 0 && fd < 0)
+        return -EIO;
+    /* A twin sends nobody on: the kernel looks a name up again once, then its caller gets ESTALE. */
+    if (io->buffered > 0 && fd >= 0 && through->enabled && handle->inode->key.twin == 0 &&
+        !atomic_exchange(&io->twin_wanted, true))
+        return -ESTALE;
+    if (io->through == 0 && io->buffered == 0 && fd >= 0 && through->enabled)
         io->backing = backing_open(through, req, fd);
-    if (io->backing == 0)
-        return io->through > 0 ? -EIO : 0;
-    io->buffered--;
+    if (io->backing == 0) {
+        count_buffered(handle);
+        return 0;
+    }
     io->through++;
-    handle->through = true;
+    handle->way = HANDLE_THROUGH;
     through->opens++;
     fill_in(fi, io->backing);
     return 0;
@@ -169,10 +181,8 @@ int through_try(fuse_req_t req, struct house *house, struct handle *handle,
     pthread_mutex_lock(&through->lock);
     bool wanted = through->enabled || handle->inode->io.through > 0;
     pthread_mutex_unlock(&through->lock);
-    if (!wanted)
-        return 0;
     int fd = -1;
-    int rc = engine_lend(house->engine, handle->replica, &fd);
+    int rc = wanted ? engine_lend(house->engine, handle->replica, &fd) : -EAGAIN;
     pthread_mutex_lock(&through->lock);
     rc = try_locked(req, through, handle, rc < 0 ? rc : fd, fi);
     pthread_mutex_unlock(&through->lock);
@@ -185,11 +195,11 @@ void through_leave(struct house *house, struct handle *handle, fuse_req_t req)
     struct inode_io *io = &handle->inode->io;
     bool duplicates = false;
     pthread_mutex_lock(&through->lock);
-    if (handle->through && --io->through == 0) {
+    if (handle->way == HANDLE_THROUGH && --io->through == 0) {
         if (req != NULL)
             backing_close(req, io->backing);
         io->backing = 0;
-    } else if (!handle->through && --io->buffered == 0) {
+    } else if (handle->way == HANDLE_BUFFERED && --io->buffered == 0) {
         atomic_store(&io->twin_wanted, false);
         /* From here on it is read through: the page cache's copy serves nobody. */
         duplicates = through->enabled && req != NULL && !handle->draft;

@@ -30,14 +30,17 @@ void through_close(struct through *through); /* NULL is harmless */
  * P2PFS_NO_PASSTHROUGH=1 in the environment turns it off. */
 void through_begin(struct through *through, struct fuse_conn_info *conn);
 
-/* A handle that was just made counts as buffered. */
-void through_enter(struct house *house, struct handle *handle);
-/* The kernel opens this handle: if its file is complete and nothing stands against it, fills in
- * fi for passthrough. 0: open it as fi says; -ESTALE: the kernel shall look the name up again;
- * -EIO: open THROUGH elsewhere, but the local file has changed. */
+/* A handle on a draft, before it is opened, counts as buffered. -ESTALE: what was a draft has been
+ * registered, and is open THROUGH. */
+int through_enter(struct house *house, struct handle *handle);
+/* The kernel opens this handle, which counts from now on, and not before: of many that come at
+ * once, all must go one way. If its file is complete and nothing stands against it, fills in fi for
+ * passthrough; others count as buffered. 0: open it as fi says; -ESTALE: the kernel shall look the
+ * name up again; -EIO: open THROUGH elsewhere, but the local file has changed. */
 int through_try(fuse_req_t req, struct house *house, struct handle *handle,
                 struct fuse_file_info *fi);
-/* The handle goes. req: its release; NULL when the mount ends, and the kernel drops it all. */
+/* The handle goes, counted or not. req: its release, or its open that fails; NULL when the mount
+ * ends, and the kernel drops it all. */
 void through_leave(struct house *house, struct handle *handle, fuse_req_t req);
 
 struct through_status {

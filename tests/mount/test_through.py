@@ -2,9 +2,11 @@
 
 # ctest: timeout=300
 
+import collections
 import ctypes
 import errno
 import mmap
+import multiprocessing
 import os
 
 import pytest
@@ -14,6 +16,7 @@ from harness.wait import eventually
 
 MIB = 1 << 20
 SIZE = 24 * MIB + 4321
+OPENS = 3000
 
 
 @pytest.fixture
@@ -67,6 +70,25 @@ def test_complete_files_are_read_through_in_every_way(through, tmp_path):
         assert (tmp_path / "copy").read_bytes() == data
         assert b.status()["bytes_received"] == hits
     assert b.path("f").stat().st_size == SIZE
+
+
+def open_often(path):
+    failed = collections.Counter()
+    for _ in range(OPENS):
+        try:
+            os.close(os.open(path, os.O_RDONLY))
+        except OSError as error:
+            failed[errno.errorcode[error.errno]] += 1
+    return failed
+
+
+def test_many_that_open_a_complete_file_at_once_all_read_through(through, tmp_path):
+    a, _ = through
+    (tmp_path / "local").write_bytes(pattern(MIB, 12))
+    a.path("f").symlink_to(tmp_path / "local")
+    with multiprocessing.get_context("fork").Pool(12) as readers:
+        assert sum(readers.map(open_often, 12 * [str(a.path("f"))]), collections.Counter()) == {}
+    assert opens(a) == 12 * OPENS
 
 
 def test_direct_reads_go_through(through):
