@@ -14,7 +14,7 @@
 #include "meta/base/util.h"
 
 #define REGISTER_AHEAD \
-    64 /* registrations of one tree under way at once: a slow service must reach all in time */
+    16 /* registrations of one tree under way at once: a slow service must reach all in time */
 #define REGISTER_DEPTH 64 /* directories below each other */
 
 /* ---- one file ---- */
