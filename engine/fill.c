@@ -191,8 +191,9 @@ static bool fill_granted(struct request *request, const uint8_t *digest, size_t 
     fill->source->pull->fetching++;
 
     pthread_mutex_lock(&replica->lock);
-    /* Only the registrar is asked before the digests are proven (askable), so this is its word. */
-    if (digest_size == replica->digest->size && !replica->version.sealed) {
+    /* Before there is a root to prove them by, the registrar's word counts, and nobody else's. */
+    if (digest_size == replica->digest->size && !replica->version.sealed &&
+        source_is_registrar(fill->source)) {
         replica_digest_set(replica, request->shard, digest);
     }
     bool known = replica_digest_known(replica, request->shard);
@@ -308,6 +309,9 @@ static void fill_ended(struct request *request, int status, uint32_t retry_ms)
 bool fill_move(struct source *source, uint64_t now_ns)
 {
     struct fill *fill;
+    if (!source_askable(source)) {
+        return false;
+    }
     DL_FOREACH(source->pull->fills, fill) {
         uint32_t shard = fill->request.shard;
         if (fill->granted_ns || fill->twin || fill->source == source ||
@@ -362,7 +366,7 @@ static struct source *source_other(const struct fill *fill, uint64_t now_ns)
     struct source *source;
     DL_FOREACH(fill->source->pull->sources, source) {
         if (source != fill->source && source_usable(source, now_ns) &&
-            source_has(source, fill->request.shard) &&
+            source_has(source, fill->request.shard) && source_askable(source) &&
             (!best || source->inflight < best->inflight)) {
             best = source;
         }

@@ -119,13 +119,24 @@ static uint32_t filling_count(const struct replica *replica)
     return replica->shards - spread_absent(replica->spread) - atomic_load(&replica->present);
 }
 
-/* Nothing is asked before its digest can be trusted: all of them against the root, or, while the registrar has not
- * digested everything yet, its own word in the grant. Lock held. */
+/* Lock held. */
 static bool askable(const struct source *source)
 {
     const struct replica *replica = source->pull->replica;
     return atomic_load(&replica->all_known) ||
            (!replica->version.sealed && source_is_registrar(source));
+}
+
+bool source_askable(const struct source *source)
+{
+    struct replica *replica = source->pull->replica;
+    if (atomic_load(&replica->all_known)) {
+        return true;
+    }
+    pthread_mutex_lock(&replica->lock);
+    bool may = askable(source);
+    pthread_mutex_unlock(&replica->lock);
+    return may;
 }
 
 /* What the source itself has proposed, if that is still wanted. Lock held. */

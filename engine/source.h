@@ -56,6 +56,9 @@ struct source {
 bool source_usable(const struct source *source, uint64_t now_ns);
 bool source_has(const struct source *source, uint32_t shard);
 bool source_is_registrar(const struct source *source);
+/* Nothing is asked before its digest can be trusted: all of them against the root, or, while the registrar has not
+ * digested everything yet, its own word in the grant. No lock held. */
+bool source_askable(const struct source *source);
 /* It delivered; or it failed in this way, and is left alone for a while. */
 void source_praise(struct source *source);
 void source_blame(struct source *source, int status);
