@@ -77,6 +77,9 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
     struct slots_peer *normal = NULL;
     struct slots_peer *peer;
     DL_FOREACH(slots->queue, peer) {
+        if (peer->overdue >= SLOTS_OVERDUE_PEER) {
+            continue; /* with nothing granted it would come before all others, again and again */
+        }
         if (peer->urgent && goes_before(peer, urgent)) {
             urgent = peer;
         }
@@ -110,23 +113,37 @@ static void granted_leave(struct slots *slots, struct slots_ask *ask)
     ask->peer->granted--;
 }
 
+static uint64_t overdue_ns(const struct slots *slots)
+{
+    return slots->usual_ns * 4 > SLOTS_OVERDUE_NS ? slots->usual_ns * 4 : SLOTS_OVERDUE_NS;
+}
+
+static void done_in(struct slots *slots, uint64_t took)
+{
+    spread_window_took(&slots->window, took);
+    slots->usual_ns = slots->usual_ns ? (slots->usual_ns * 7 + took) / 8 : took;
+}
+
 void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool done)
 {
+    uint64_t took = now_ns > ask->since_ns ? now_ns - ask->since_ns : 1;
     switch (ask->state) {
     case SLOTS_WAITING:
         waiting_leave(slots, ask);
         break;
-    case SLOTS_GRANTED: {
-        uint64_t took = now_ns > ask->since_ns ? now_ns - ask->since_ns : 1;
+    case SLOTS_GRANTED:
         granted_leave(slots, ask);
         if (done) {
-            spread_window_took(&slots->window, took);
-            slots->usual_ns = slots->usual_ns ? (slots->usual_ns * 7 + took) / 8 : took;
+            done_in(slots, took);
         }
         break;
-    }
     case SLOTS_OVERDUE:
         slots->overdue_count--;
+        ask->peer->overdue--;
+        if (done) { /* where every shard takes so long, that is usual; one peer that stood still is not */
+            uint64_t most = overdue_ns(slots) * 4;
+            done_in(slots, took < most ? took : most);
+        }
         break;
     default:
         break;
@@ -136,11 +153,12 @@ void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool
 
 void slots_overdue(struct slots *slots, uint64_t now_ns)
 {
-    uint64_t most = slots->usual_ns * 4 > SLOTS_OVERDUE_NS ? slots->usual_ns * 4 : SLOTS_OVERDUE_NS;
+    uint64_t most = overdue_ns(slots);
     while (slots->granted && now_ns > slots->granted->since_ns + most) {
         struct slots_ask *ask = slots->granted;
         granted_leave(slots, ask);
         ask->state = SLOTS_OVERDUE;
+        ask->peer->overdue++;
         slots->overdue_count++;
     }
 }

@@ -7,7 +7,8 @@
  * shards come and go in milliseconds. Asks beyond them wait in a short queue per peer; a free slot goes to the peer
  * that has the fewest, then to the one that is furthest behind with the version, so that all end together, then to the
  * one that waited longest; readers' asks go before background. A grant that takes far
- * longer than usual no longer counts, so slow and stopped peers cannot hold what others need.
+ * longer than usual no longer counts, and who has several of them gets no more, so slow and stopped peers cannot hold
+ * what others need.
  *
  *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
  *
@@ -24,8 +25,8 @@
 #define SLOTS_TRICKLE_NS   1000000000ull
 #define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue */
 #define SLOTS_WAITING_NODE 8192 /* of all peers */
-#define SLOTS_OVERDUE_MAX \
-    1024 /* grants that no longer count; beyond them nothing more is granted */
+#define SLOTS_OVERDUE_PEER 4    /* grants of one peer that no longer count; it gets no more then */
+#define SLOTS_OVERDUE_MAX  1024 /* of all peers; nobody does */
 
 enum slots_state { SLOTS_IDLE, SLOTS_WAITING, SLOTS_GRANTED, SLOTS_OVERDUE };
 
@@ -44,6 +45,7 @@ struct slots_peer { /* the caller's memory; all zero at first */
     struct slots_ask *urgent, *normal;
     uint32_t waiting;
     uint32_t granted;
+    uint32_t overdue;
     uint8_t progress; /* of its last ask */
     uint64_t turn;    /* of its last grant */
     struct slots_peer *prev, *next;

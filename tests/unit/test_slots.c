@@ -99,6 +99,60 @@ static void a_reader_goes_before_background(void **state)
     assert_ptr_equal(slots_next(&slots, 50 * MS), &urgent[SPREAD_URGENT_EXTRA]);
 }
 
+/* A stopped peer's asks do not take one slot after the other. */
+static void who_stands_still_gets_no_more(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peers[2] = {0};
+    struct slots_ask asks[2][40] = {0};
+    for (unsigned i = 0; i < 40; i++) {
+        assert_true(slots_ask(&slots, &peers[0], &asks[0][i]));
+        assert_true(slots_ask(&slots, &peers[1], &asks[1][i]));
+    }
+    unsigned got[2] = {0};
+    for (uint64_t now = 0; now < 20000 * MS; now += 100 * MS) {
+        struct slots_ask *ask;
+        while ((ask = slots_next(&slots, now))) {
+            got[ask->peer - peers]++;
+            if (ask->peer == &peers[1]) {
+                slots_end(&slots, ask, now + 50 * MS, true);
+            }
+        }
+        slots_overdue(&slots, now);
+    }
+    assert_int_equal(got[1], 40);
+    assert_in_range(got[0], SLOTS_OVERDUE_PEER, SLOTS_OVERDUE_PEER + SLOTS_CEILING);
+    assert_int_equal(peers[0].overdue, got[0]);
+    slots_end(&slots, &asks[0][0], 20000 * MS, true); /* it goes on */
+    for (unsigned i = 1; i < got[0]; i++) {
+        slots_end(&slots, &asks[0][i], 20000 * MS, true);
+    }
+    assert_int_equal(slots.overdue_count, 0);
+    assert_ptr_equal(slots_next(&slots, 20000 * MS), &asks[0][got[0]]);
+}
+
+/* Large shards on a slow link: nobody stands still, and no more are granted than there are slots. */
+static void where_all_are_slow_none_is_overdue(void **state)
+{
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask asks[SLOTS_FLOOR * 2] = {0};
+    for (unsigned i = 0; i < SLOTS_FLOOR * 2; i++) {
+        assert_true(slots_ask(&slots, &peer, &asks[i]));
+    }
+    while (slots_next(&slots, 0)) {
+    }
+    slots_overdue(&slots, 3000 * MS);
+    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        slots_end(&slots, &asks[i], 3000 * MS, true);
+    }
+    while (slots_next(&slots, 3000 * MS)) {
+    }
+    slots_overdue(&slots, 6000 * MS);
+    assert_int_equal(slots.overdue_count, 0);
+    assert_int_equal(slots.granted_count, SLOTS_FLOOR);
+}
+
 static void who_never_says_done_holds_no_slot(void **state)
 {
     struct slots slots = slots_new();
@@ -246,6 +300,8 @@ int main(void)
         cmocka_unit_test(an_idle_seeder_goes_behind_everything),
         cmocka_unit_test(who_is_behind_goes_first),
         cmocka_unit_test(a_reader_goes_before_background),
+        cmocka_unit_test(who_stands_still_gets_no_more),
+        cmocka_unit_test(where_all_are_slow_none_is_overdue),
         cmocka_unit_test(who_never_says_done_holds_no_slot),
         cmocka_unit_test(slots_grow_while_shards_are_quick),
         cmocka_unit_test(a_full_queue_says_so),
