@@ -287,7 +287,7 @@ static void fill_ended(struct request *request, int status, uint32_t retry_ms)
     } else if (status == 0) {
         status = fill_take(fill);
     } else if (status == -EBUSY) {
-        source_busy(source, shard, retry_ms);
+        source_busy(source, shard, request->urgent, retry_ms);
     } else {
         source_blame(source, status);
     }
@@ -416,6 +416,35 @@ static bool fill_stalled(struct fill *fill, uint64_t now_ns)
     return true;
 }
 
+/* It comes, but so slowly that a peer which sends a byte now and then would keep the pull from ever ending. True: the
+ * fill is gone. */
+static bool fill_trickles(struct fill *fill, uint64_t now_ns)
+{
+    struct source *source = fill->source;
+    struct pull *pull = source->pull;
+    if (!fill->granted_ns || !spread_trickles(now_ns - fill->granted_ns, pull->usual_ns)) {
+        return false;
+    }
+    const struct source *other = source_other(fill, now_ns);
+    if (!fill->twin && (!other || other->inflight)) {
+        return false; /* it has more urgent things to do */
+    }
+    uint32_t shard = fill->request.shard;
+    bool twin = fill->twin;
+    log_info("peer %s: a shard has taken %llu s; asking another",
+             supplier_node(source->attachment.supplier)->name,
+             (unsigned long long)((now_ns - fill->granted_ns) / 1000000000));
+    pull->usual_ns *= 2; /* should everybody have become slow, this ends */
+    source_blame(source, -ETIMEDOUT);
+    source->busy_until_ns = now_ns + FILL_LEFT_NS * source->failures;
+    trace_missed(pull->replica, shard);
+    fill_cancel(fill);
+    if (!twin) {
+        replica_shard_settle(pull->replica, shard, -ETIMEDOUT);
+    }
+    return true;
+}
+
 /* The last shards, and those that readers wait for, are asked twice when they are late. */
 static void fill_hedge(struct fill *fill, uint64_t now_ns)
 {
@@ -447,7 +476,7 @@ void fill_tick(struct pull *pull, uint64_t now_ns)
     struct fill *fill;
     struct fill *next;
     DL_FOREACH_SAFE(pull->fills, fill, next) {
-        if (!fill_stalled(fill, now_ns)) {
+        if (!fill_stalled(fill, now_ns) && !fill_trickles(fill, now_ns)) {
             fill_hedge(fill, now_ns);
         }
     }

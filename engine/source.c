@@ -18,6 +18,7 @@
 #define SOURCE_AGAIN_LAST_MS   30000      /* and, failing again and again, for so long */
 #define SOURCE_URGENT_INFLIGHT 32
 #define SOURCE_STARVING_NS     3000000000ull
+#define SOURCE_BUSY_MAX_MS     10000 /* longer than any honest peer asks for */
 
 static const struct attachment_ops source_ops;
 
@@ -59,12 +60,13 @@ void source_blame(struct source *source, int status)
     atomic_fetch_add(&supplier_peer(source->attachment.supplier)->failed, 1);
 }
 
-void source_busy(struct source *source, uint32_t shard, uint32_t retry_ms)
+void source_busy(struct source *source, uint32_t shard, bool urgent, uint32_t retry_ms)
 {
+    retry_ms = retry_ms < SOURCE_BUSY_MAX_MS ? retry_ms : SOURCE_BUSY_MAX_MS;
     uint64_t until = loop_now_ns(source->pull->lane->loop) + retry_ms * 1000000ull;
     atomic_fetch_add(&supplier_peer(source->attachment.supplier)->busy, 1);
     atomic_fetch_add(&source->pull->lane->engine->counters.asks_busy, 1);
-    if (!source->complete) {
+    if (!source->complete || urgent) {
         source->busy_until_ns = until;
         return;
     }
@@ -172,7 +174,9 @@ static uint32_t shard_choose(struct source *source, enum source_turn turn, bool 
         want.demand = demand;
         want.demand_count = demand_collect(replica, demand);
     }
-    struct spread_offer offer = {.bitmap = source->bitmap,
+    /* What a complete one did not want to give in the background, it gives to a reader. */
+    bool all = turn == TURN_URGENT && source->complete;
+    struct spread_offer offer = {.bitmap = all ? NULL : source->bitmap,
                                  .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
                                  .far = source->far};
     uint32_t shard = SPREAD_NONE;

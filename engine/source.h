@@ -62,8 +62,8 @@ bool source_askable(const struct source *source);
 /* It delivered; or it failed in this way, and is left alone for a while. */
 void source_praise(struct source *source);
 void source_blame(struct source *source, int status);
-/* It answered BUSY: not this shard, for so long. */
-void source_busy(struct source *source, uint32_t shard, uint32_t retry_ms);
+/* It answered BUSY: not this shard, for so long; but where a reader waits, or it lacks some, it is left alone. */
+void source_busy(struct source *source, uint32_t shard, bool urgent, uint32_t retry_ms);
 
 /* Asks every source for as much as it may deliver now. */
 void source_pump_all(struct pull *pull);

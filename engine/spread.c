@@ -5,12 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RARITIES         (SPREAD_RARITY_ANY + 1)
-#define SPREAD_QUICK_NS  15000000ull  /* a window opens below, */
-#define SPREAD_SLOW_NS   120000000ull /* and closes above */
-#define SPREAD_HUNGRY_NS 60000000ull
-#define SPREAD_TRIAL_MS  3000         /* what a neighbour gets to show what it can */
-#define SPREAD_HEDGE_NS  300000000ull /* a shard is not late before */
+#define RARITIES          (SPREAD_RARITY_ANY + 1)
+#define SPREAD_QUICK_NS   15000000ull  /* a window opens below, */
+#define SPREAD_SLOW_NS    120000000ull /* and closes above */
+#define SPREAD_HUNGRY_NS  60000000ull
+#define SPREAD_STARVED_NS 10000000000ull /* and whatever is usual */
+#define SPREAD_TRIAL_MS   3000           /* what a neighbour gets to show what it can */
+#define SPREAD_HEDGE_NS   300000000ull   /* a shard is not late before */
+#define SPREAD_TRICKLE_NS 10000000000ull
 
 /* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. place: where a
  * shard stands in it. */
@@ -292,7 +294,7 @@ uint32_t spread_next(const struct spread *s, const struct spread_want *want,
 
 bool spread_hungry(uint64_t ns, uint64_t usual_ns)
 {
-    return ns > SPREAD_HUNGRY_NS && ns > usual_ns * 2;
+    return ns > SPREAD_HUNGRY_NS && (ns > usual_ns * 2 || ns > SPREAD_STARVED_NS);
 }
 
 /* ---- how much at once ---- */
@@ -391,4 +393,9 @@ uint32_t spread_hedge_budget(uint32_t shards)
 bool spread_hedge_due(uint64_t ns, uint64_t usual_ns)
 {
     return ns > SPREAD_HEDGE_NS && ns > usual_ns * 3;
+}
+
+bool spread_trickles(uint64_t ns, uint64_t usual_ns)
+{
+    return usual_ns > 0 && ns > SPREAD_TRICKLE_NS && ns > usual_ns * 16;
 }

@@ -110,5 +110,7 @@ uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uin
  * be, where one usually takes `usual_ns`. */
 uint32_t spread_hedge_budget(uint32_t shards);
 bool spread_hedge_due(uint64_t ns, uint64_t usual_ns);
+/* Whether one that comes, but takes so much longer, is better begun anew at an idle source. */
+bool spread_trickles(uint64_t ns, uint64_t usual_ns);
 
 #endif

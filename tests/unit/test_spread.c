@@ -425,6 +425,22 @@ static void back_off_doubles_up_to_its_limit(void **state)
     assert_int_equal(spread_backoff_ms(3, 100, 50, 0), 50);
 }
 
+static void patience_ends_whatever_is_usual(void **state)
+{
+    const uint64_t second = 1000000000;
+    assert_false(spread_hungry(second / 100, 0));
+    assert_true(spread_hungry(second / 10, 0));
+    assert_false(spread_hungry(second, second));
+    assert_true(spread_hungry(3 * second, second));
+    assert_false(spread_hungry(9 * second, 50 * second));
+    assert_true(spread_hungry(11 * second, 50 * second));
+    assert_false(spread_trickles(3600 * second, 0)); /* nothing to compare with */
+    assert_false(spread_trickles(9 * second, second / 100));
+    assert_true(spread_trickles(11 * second, second / 100));
+    assert_false(spread_trickles(11 * second, second));
+    assert_true(spread_trickles(17 * second, second));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -442,6 +458,7 @@ int main(void)
         cmocka_unit_test(near_neighbours_are_preferred_and_a_few_far_ones_kept),
         cmocka_unit_test(the_gone_and_the_idle_make_room_for_others),
         cmocka_unit_test(back_off_doubles_up_to_its_limit),
+        cmocka_unit_test(patience_ends_whatever_is_usual),
     };
     return cmocka_run_group_tests(tests, setup, NULL);
 }
