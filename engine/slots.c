@@ -165,7 +165,7 @@ void slots_overdue(struct slots *slots, uint64_t now_ns)
 
 uint32_t slots_patience_ms(const struct slots *slots)
 {
-    uint64_t ms = slots->usual_ns ? slots->usual_ns * 4 / 1000000 : SLOTS_PATIENCE_UNKNOWN;
+    uint64_t ms = slots->usual_ns ? slots->usual_ns * 8 / 1000000 : SLOTS_PATIENCE_UNKNOWN;
     if (ms < SLOTS_PATIENCE_MIN_MS) {
         return SLOTS_PATIENCE_MIN_MS;
     }
