@@ -1,0 +1,94 @@
+#include <utlist.h>
+
+#include "tests/sim/sim.h"
+
+/* ---- the way out ---- */
+
+/* What each of the uploads has got until now. */
+static void uplink_advance(struct sim *sim, struct sim_uplink *up)
+{
+    if (up->count) {
+        up->served += (double)(sim->now_ns - up->at_ns) / up->ns_per_byte / up->count;
+    }
+    up->at_ns = sim->now_ns;
+}
+
+static struct sim_fill *uplink_first(const struct sim_uplink *up)
+{
+    struct sim_fill *first = up->uploads;
+    for (struct sim_fill *fill = first; fill; fill = fill->upload_next) {
+        first = fill->finish < first->finish ? fill : first;
+    }
+    return first;
+}
+
+/* Waits for the first of the uploads that there are now. */
+static void uplink_wait(struct sim *sim, struct sim_node *node)
+{
+    struct sim_uplink *up = &node->up;
+    const struct sim_fill *first = uplink_first(up);
+    up->generation++;
+    if (first) {
+        double left = (first->finish - up->served) * up->ns_per_byte * up->count;
+        sim_at(sim, sim->now_ns + (left > 0 ? (uint64_t)left + 1 : 1), SIM_SENT, node,
+               up->generation, 0);
+    }
+}
+
+void links_upload(struct sim *sim, struct sim_fill *fill)
+{
+    struct sim_node *node = fill->conn->holder;
+    uplink_advance(sim, &node->up);
+    fill->upload_ns = sim->now_ns;
+    fill->finish = node->up.served + (double)sim_shard_size(sim, fill->shard);
+    fill->uploading = true;
+    DL_APPEND2(node->up.uploads, fill, upload_prev, upload_next);
+    node->up.count++;
+    uplink_wait(sim, node);
+}
+
+void links_stop(struct sim *sim, struct sim_fill *fill)
+{
+    struct sim_node *node = fill->conn->holder;
+    if (!fill->uploading) {
+        return;
+    }
+    uplink_advance(sim, &node->up);
+    double left = fill->finish - node->up.served;
+    uint64_t sent = sim_shard_size(sim, fill->shard) - (left > 0 ? (uint64_t)left : 0);
+    node->up.bytes += sent;
+    fill->uploading = false;
+    DL_DELETE2(node->up.uploads, fill, upload_prev, upload_next);
+    node->up.count--;
+    uplink_wait(sim, node);
+}
+
+/* ---- the way in ---- */
+
+/* When the last byte has passed a pipe that it reaches at last_ns, the first one having reached it at first_ns: at once
+ * where there is room, else behind what came before. */
+static uint64_t pipe_pass(struct sim_pipe *pipe, uint64_t first_ns, uint64_t last_ns,
+                          uint64_t bytes)
+{
+    uint64_t from = pipe->free_ns > first_ns ? pipe->free_ns : first_ns;
+    pipe->free_ns = from + (uint64_t)((double)bytes * pipe->ns_per_byte);
+    pipe->bytes += bytes;
+    return pipe->free_ns > last_ns ? pipe->free_ns : last_ns;
+}
+
+void links_sent(struct sim *sim, struct sim_node *node)
+{
+    struct sim_fill *fill = uplink_first(&node->up);
+    uint64_t latency = sim->options.latency;
+    struct sim_node *to = fill->conn->puller;
+    links_stop(sim, fill);
+    uint64_t bytes = sim_shard_size(sim, fill->shard);
+    uint64_t first = fill->upload_ns + latency;
+    uint64_t last = sim->now_ns + latency;
+    if (node->rack != to->rack) {
+        last = pipe_pass(&sim->trunk_out[node->rack], first, last, bytes);
+        last = pipe_pass(&sim->trunk_in[to->rack], first, last, bytes);
+    }
+    last = pipe_pass(&to->down, first, last, bytes);
+    sim_at(sim, last, SIM_LANDED, fill, fill->generation, 0);
+}

@@ -1,0 +1,283 @@
+/* The side of a node that pulls: after engine/source.c and pull.c, with one lane. */
+#include <string.h>
+#include <utlist.h>
+
+#include "tests/sim/sim.h"
+
+#define SOURCE_WINDOW_END  (8u << 20)
+#define SUPPLIER_SILENT_NS 8000000000ull
+#define SUPPLIER_AGAIN_MS  100
+#define SUPPLIER_LAST_MS   5000
+#define PULL_QUIET_NS      500000000ull
+#define PULL_LOOK_LAST_NS  5000000000ull
+
+/* ---- asking ---- */
+
+enum source_turn { TURN_RARE, TURN_PARTIAL, TURN_ANY, TURN_COUNT };
+
+static uint32_t advice_take(struct sim_conn *source)
+{
+    while (source->advice_count) {
+        uint32_t shard = source->advice[--source->advice_count];
+        if (source_has(source, shard) &&
+            spread_state(source->puller->spread, shard) == SPREAD_ABSENT) {
+            return shard;
+        }
+    }
+    return SPREAD_NONE;
+}
+
+static uint32_t shard_take(struct sim *sim, struct sim_conn *source, enum source_turn turn)
+{
+    struct spread *spread = source->puller->spread;
+    const struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
+    const struct spread_offer offer = {.bitmap = source->bitmap,
+                                       .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
+                                       .far = source->far};
+    bool urgent;
+    uint32_t shard = turn == TURN_RARE ? advice_take(source) : SPREAD_NONE;
+    if (shard == SPREAD_NONE) {
+        shard = spread_next(spread, &want, &offer, sim_random(sim), &urgent);
+    }
+    if (shard != SPREAD_NONE) {
+        spread_take(spread, shard);
+    }
+    return shard;
+}
+
+static uint32_t window_width(const struct sim *sim, const struct sim_node *node)
+{
+    uint32_t share = (sim->shards - node->present) / 2;
+    uint32_t least = (uint32_t)(SOURCE_WINDOW_END / sim->options.shard_size);
+    least = least < 2 ? 2 : least;
+    share = share < least ? least : share;
+    return node->window.width < share ? node->window.width : share;
+}
+
+static bool source_room(const struct sim *sim, const struct sim_conn *source, enum source_turn turn,
+                        uint32_t width, uint32_t usable)
+{
+    const struct sim_node *node = source->puller;
+    if (usable <= 1) {
+        return source->inflight < width;
+    }
+    uint32_t waiting = width / usable;
+    bool wanted = node->fetching < width;
+    if (turn == TURN_RARE) {
+        wanted = true;
+    } else if (turn == TURN_ANY) {
+        wanted &= spread_hungry(sim->now_ns - node->full_ns, node->usual_ns);
+    }
+    return wanted && source->waiting < (waiting ? waiting : 1);
+}
+
+static struct sim_conn *source_idlest(const struct sim *sim, const struct sim_node *node,
+                                      enum source_turn turn, uint32_t width, uint32_t usable)
+{
+    struct sim_conn *best = NULL;
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        struct sim_conn *source = node->sources[i];
+        if (source->complete == (turn != TURN_PARTIAL) && !source->dry &&
+            source_usable(sim, source) && source_room(sim, source, turn, width, usable) &&
+            (!best || source->inflight < best->inflight)) {
+            best = source;
+        }
+    }
+    return best;
+}
+
+static void sources_turn(struct sim *sim, struct sim_node *node, enum source_turn turn,
+                         uint32_t usable)
+{
+    uint32_t width = window_width(sim, node);
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        node->sources[i]->dry = false;
+    }
+    struct sim_conn *source;
+    while ((source = source_idlest(sim, node, turn, width, usable))) {
+        uint32_t shard = shard_take(sim, source, turn);
+        source->dry = shard == SPREAD_NONE;
+        if (!source->dry) {
+            fill_ask(sim, source, shard);
+        }
+    }
+}
+
+static void bitmap_fill(const struct sim *sim, struct sim_conn *source)
+{
+    for (uint32_t k = 0; k < sim->shards; k++) {
+        source->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
+    }
+    source->refill_ns = 0;
+}
+
+void puller_pump(struct sim *sim, struct sim_node *node)
+{
+    uint32_t usable = 0;
+    if (!node->pulling) {
+        return;
+    }
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        struct sim_conn *source = node->sources[i];
+        usable += source_usable(sim, source);
+        if (source->refill_ns && sim->now_ns >= source->refill_ns) {
+            bitmap_fill(sim, source);
+        }
+    }
+    if (!usable) {
+        return;
+    }
+    if (node->fetching >= window_width(sim, node)) {
+        node->full_ns = sim->now_ns;
+    }
+    for (enum source_turn turn = TURN_RARE; spread_absent(node->spread) && turn < TURN_COUNT;
+         turn++) {
+        sources_turn(sim, node, turn, usable);
+    }
+    for (uint32_t i = 0; node->fills && i < node->source_count; i++) {
+        if (node->sources[i]->inflight == 0 && source_usable(sim, node->sources[i])) {
+            (void)fill_move(sim, node->sources[i]);
+        }
+    }
+}
+
+/* ---- what a source says ---- */
+
+static void rarity_add(struct sim *sim, const struct sim_conn *source, bool more)
+{
+    for (uint32_t k = 0; !source->complete && k < sim->shards; k++) {
+        if (!source_has(source, k)) {
+            continue;
+        }
+        if (more) {
+            spread_more(source->puller->spread, k, !source->far);
+        } else {
+            spread_less(source->puller->spread, k, !source->far);
+        }
+    }
+}
+
+static void bitmap_clear(struct sim *sim, struct sim_conn *source)
+{
+    if (!source->attached) {
+        return;
+    }
+    rarity_add(sim, source, false);
+    memset(source->bitmap, 0, SPREAD_BITMAP_BYTES(sim->shards));
+    source->attached = source->complete = false;
+    source->advice_count = 0;
+    source->refill_ns = 0;
+    source->puller->attached_count--;
+    source->puller->known[source->known].attached = false;
+}
+
+void puller_attached(struct sim *sim, struct sim_conn *source)
+{
+    struct sim_node *node = source->puller;
+    if (!source->open || !node->alive || node->stopped) {
+        return;
+    }
+    source->refusals = 0;
+    source->attached = true;
+    node->attached_count++;
+    node->known[source->known].attached = true;
+    node->known[source->known].complete = source->complete;
+    if (source->complete) {
+        bitmap_fill(sim, source);
+    } else {
+        rarity_add(sim, source, true);
+    }
+    puller_pump(sim, node);
+}
+
+void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard)
+{
+    struct sim_node *node = source->puller;
+    if (!source->open || source->complete || source_has(source, shard) || !node->alive ||
+        node->stopped) {
+        return;
+    }
+    source->bitmap[shard / 8] |= (uint8_t)(1u << (shard % 8));
+    if (!source->attached) {
+        return; /* ATTACHED is on its way, and counts all of it */
+    }
+    spread_more(node->spread, shard, !source->far);
+    if (source->waiting == 0) {
+        puller_pump(sim, node);
+    }
+}
+
+void puller_down(struct sim *sim, struct sim_conn *source)
+{
+    if (!source->open) {
+        return;
+    }
+    struct sim_node *node = source->puller;
+    fill_cancel_all(sim, source);
+    bitmap_clear(sim, source);
+    source->again_ns = sim->now_ns + spread_backoff_ms(++source->refusals, SUPPLIER_AGAIN_MS,
+                                                       SUPPLIER_LAST_MS, sim_random(sim)) *
+                                         SIM_MS;
+    puller_pump(sim, node);
+}
+
+void puller_source_drop(struct sim *sim, struct sim_conn *source)
+{
+    struct sim_node *node = source->puller;
+    fill_cancel_all(sim, source);
+    bitmap_clear(sim, source);
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        if (node->sources[i] == source) {
+            node->sources[i] = node->sources[--node->source_count];
+            break;
+        }
+    }
+    node->known[source->known].conn = NULL;
+    source->open = false;
+    sim_send(sim, source->holder, SIM_DETACH, source, source->generation);
+}
+
+void puller_end(struct sim *sim, struct sim_node *node)
+{
+    while (node->source_count) {
+        puller_source_drop(sim, node->sources[0]);
+    }
+    node->pulling = false;
+    spread_close(node->spread);
+    node->spread = NULL;
+}
+
+/* ---- from time to time ---- */
+
+static void source_tick(struct sim *sim, struct sim_conn *source)
+{
+    const struct sim_node *holder = source->holder;
+    if (source->attached && holder->stopped && source->inflight &&
+        sim->now_ns - holder->stopped_ns > SUPPLIER_SILENT_NS) {
+        puller_down(sim, source);
+    }
+    if (!source->attached && source->again_ns && sim->now_ns >= source->again_ns) {
+        source->again_ns = 0;
+        meet_connect(sim, source);
+    }
+}
+
+void puller_tick(struct sim *sim, struct sim_node *node)
+{
+    fill_tick(sim, node);
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        source_tick(sim, node->sources[i]);
+    }
+    if (sim->now_ns >= node->review_ns) {
+        node->review_ns = sim->now_ns + SIM_REVIEW_NS;
+        meet_review(sim, node);
+    }
+    bool lonely = node->attached_count == 0 || sim->now_ns - node->progress_ns > PULL_QUIET_NS;
+    if (lonely && sim->now_ns >= node->look_ns) {
+        node->look_ns = sim->now_ns + node->look_wait_ns;
+        node->look_wait_ns =
+            node->look_wait_ns * 2 < PULL_LOOK_LAST_NS ? node->look_wait_ns * 2 : PULL_LOOK_LAST_NS;
+        meet_look(sim, node);
+    }
+    puller_pump(sim, node);
+}
