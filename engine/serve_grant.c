@@ -40,7 +40,9 @@ void grant_overdue(struct session *s, struct grant *grant)
 {
     struct engine *engine = s->lane->engine;
     pthread_mutex_lock(&engine->slots_lock);
-    bool overdue = grant->ask.state == SLOTS_OVERDUE;
+    /* What waits behind it waits for as long as its peer stands still. */
+    bool overdue = grant->ask.state == SLOTS_OVERDUE ||
+                   (grant->ask.state == SLOTS_WAITING && s->slots.overdue > 0);
     pthread_mutex_unlock(&engine->slots_lock);
     if (overdue) {
         promise_end(s, grant, false);

@@ -85,7 +85,7 @@ void grant_done(struct session *s, uint32_t request);
 void grant_end(struct session *s, struct grant *grant, bool done);
 /* Takes it back; from a peer that reads by itself only after it had time to let go (SERVE_FENCE_NS). */
 void grant_revoke(struct session *s, struct grant *grant);
-/* A grant that no longer counts: what was promised to its peer is free for others. */
+/* A grant that no longer counts, or waits behind one: what was promised to its peer is free for others. */
 void grant_overdue(struct session *s, struct grant *grant);
 /* Free slots go on to whoever waits, on whichever lane. Outside of every loop over grants and sessions. */
 void grant_dispatch(struct lane *lane);
