@@ -385,9 +385,10 @@ static void source_bitmap_clear(struct source *source)
     rarity_add(source, false);
     replica->sources--;
     struct neighbour *neighbour = neighbour_of(source);
-    if (neighbour) {
+    if (neighbour && source->known) {
         neighbour->attached--;
     }
+    source->known = false;
     pthread_mutex_unlock(&replica->lock);
     memset(source->bitmap, 0, SPREAD_BITMAP_BYTES(replica->shards));
     source->attached = false;
@@ -417,6 +418,7 @@ static void source_attached(struct attachment *attachment, uint32_t count, bool 
     rarity_add(source, true);
     replica->sources++;
     struct neighbour *neighbour = neighbour_of(source);
+    source->known = neighbour != NULL; /* it may have been forgotten, and be learnt again */
     if (neighbour) {
         neighbour->attached++;
         neighbour->complete = complete;

@@ -39,6 +39,7 @@ struct source {
         complete; /* it has everything; gaps in the bitmap are what it did not want to give just now */
     bool far;     /* in another locality */
     bool counts; /* in the rarity; a neighbour with a link on each lane counts once */
+    bool known;  /* attached, and its neighbour knows of it */
     bool dry;    /* nothing to ask of it, in this turn */
     uint32_t advice[WIRE_ADVICE_MAX]; /* shards that it would rather give */
     uint32_t advice_count;
