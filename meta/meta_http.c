@@ -147,16 +147,20 @@ int web_fetch(struct web *s)
 
 /* ---- changing it ---- */
 
-/* Moves all keys to a base of their own. The document does not lead there before it is written. */
+/* Moves all keys to a base of their own, unless several that were made before led nowhere. The document does not lead there
+ * before it is written. */
 static int web_base_put(struct web *s, struct web_doc *draft)
 {
     struct http_reply reply;
     char name[WEB_NAME];
     uint64_t base = util_random_u64();
+    if (s->stray_count == WEB_STRAYS_MAX)
+        return 0;
     util_autofree char *text = web_doc_print_base(draft);
     if (!text)
         return web_fail(s, -ENOMEM, "out of memory");
     web_base_name(base, name);
+    s->strays[s->stray_count++] = base;
     int rc = web_call(s, "PUT", name, text, NULL, "*", &reply);
     if (rc < 0)
         return rc;
@@ -177,6 +181,16 @@ static void web_base_forget(struct web *s, uint64_t base)
     web_base_name(base, name);
     if (base != 0 && web_call(s, "DELETE", name, NULL, NULL, NULL, &reply) == 0)
         free(reply.body);
+}
+
+/* After a write that leads to `base`: whatever write of ours would still lead to another comes too late now. */
+static void web_strays_forget(struct web *s, uint64_t base)
+{
+    for (size_t i = 0; i < s->stray_count; i++) {
+        if (s->strays[i] != base)
+            web_base_forget(s, s->strays[i]);
+    }
+    s->stray_count = 0;
 }
 
 /* A draft of the document with the change, signed, and its text. */
@@ -218,11 +232,12 @@ static int web_update_send(struct web *s, struct web_doc *draft, char **text)
     free(reply.body);
     if (!web_done(&reply))
         return 1;
-    bool rebased = draft->base != before;
+    uint64_t base = draft->base;
     web_take(s, draft, *text, reply.etag);
     *text = NULL;
-    if (rebased)
+    if (base != before)
         web_base_forget(s, before);
+    web_strays_forget(s, base);
     return 0;
 }
 
@@ -263,7 +278,6 @@ int web_update(struct web *s, web_change change, void *arg)
         util_autofree char *text = NULL;
         rc = web_update_prepare(s, change, arg, write, &draft, &text);
         bool again = (rc == -EAGAIN || rc == -ENOENT) && !newest;
-        uint64_t base = draft.base != s->doc.base ? draft.base : 0;
         if (rc == 0) {
             rc = web_update_send(s, &draft, &text);
             again = rc > 0;
@@ -278,8 +292,6 @@ int web_update(struct web *s, web_change change, void *arg)
         /* a connection may have broken behind a write that was carried out, and was then sent once more */
         if (rc == 0 && web_doc_signed(&s->doc, write))
             return 0;
-        if (rc == 0 && base != s->doc.base)
-            web_base_forget(s, base);
         if (rc == 0)
             rc = web_update_allowed(s);
     }

@@ -12,6 +12,7 @@
 #include "meta/meta_http_doc.h"
 
 #define WEB_PREFIX_MAX 64
+#define WEB_STRAYS_MAX 4
 
 struct web_watch;
 
@@ -30,6 +31,10 @@ struct web {
     char etag[HTTP_ETAG_MAX]; /* "": not known, or the service gives none that can be used */
     bool fetched;             /* a first time */
     bool gap;                 /* it is not what was listed */
+
+    /* bases that were made; whether the document leads there is not known */
+    uint64_t strays[WEB_STRAYS_MAX];
+    size_t stray_count;
 
     struct web_watch *watches; /* other nodes' leases */
     uint64_t lease;            /* ours that was granted or renewed last; 0: none */

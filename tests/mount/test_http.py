@@ -151,6 +151,71 @@ def test_names_whose_base_is_lost_are_written_again(service, make_cluster, mount
     eventually(lambda: names(b) == ["new"], 2)
 
 
+@pytest.fixture
+def front(service):
+    """Answers for the service; from the first base on it takes no document, until it is mended."""
+
+    class Front(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        broken = False
+        bases = []
+
+        def forward(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            key = self.path.partition("key=")[2]
+            status, answer, tag = 503, b"", None
+            if self.command == "PUT" and ".base." in key:
+                Front.bases.append(key)
+                Front.broken = Front.broken or len(Front.bases) == 1
+            if not (Front.broken and self.command == "PUT" and key == STATE):
+                headers = {n: self.headers[n] for n in ("If-Match", "If-None-Match") if n in self.headers}
+                status, answer, tag = service.ask(self.command, key, body or None, headers)
+            self.send_response(status)
+            if tag:
+                self.send_header("ETag", tag)
+            if status != 304:
+                self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            if status != 304:
+                self.wfile.write(answer)
+
+        do_GET = do_PUT = do_DELETE = forward
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Front)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Front.url = f"http://127.0.0.1:{server.server_port}/metadata"
+    yield Front
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.limit(100)
+def test_bases_that_the_document_never_led_to_are_few_and_removed(
+    front, service, make_cluster, mounts, tmp_path
+):
+    a = make_cluster(front.url).node()
+    (tmp_path / "tree").mkdir()
+    for i in range(200):
+        (tmp_path / "tree" / f"f{i}").write_bytes(b"x")
+    with pytest.raises(OSError):
+        os.symlink(tmp_path / "tree", a.path("tree"))
+    for i in range(30):
+        with pytest.raises(OSError):
+            os.mkdir(a.path(f"never{i}"))
+    made = len(front.bases)
+    front.broken = False
+    eventually(lambda: a.status()["online"], 20)
+    a.path("x").write_bytes(b"x")
+    base = json.loads(service.ask("GET", STATE)[1])["base"]
+    left = [key for key in front.bases if service.ask("GET", key)[0] == 200]
+    assert left == ([f"p2pfs.base.{base}"] if base else [])
+    assert 1 <= made <= 4
+
+
 # -- who may look, and what else may answer
 
 
