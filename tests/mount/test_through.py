@@ -109,6 +109,7 @@ def test_who_held_an_arriving_file_goes_on_while_newcomers_read_through(through)
     a, b = through
     data = pattern(SIZE, 3)
     a.path("f").write_bytes(data)
+    eventually(b.path("f").exists, what="f on b")
     with open(b.path("f"), "rb") as early:
         assert early.read(10) == data[:10]
         early_map = mapped(early)
