@@ -68,6 +68,7 @@ struct neighbour *neighbours_find(const struct replica *replica, const char *nod
 
 static void neighbour_forget(struct neighbours *n, struct neighbour *neighbour)
 {
+    /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): it is in the list, so the list is not empty */
     DL_DELETE(n->list, neighbour);
     n->count--;
     free(neighbour);

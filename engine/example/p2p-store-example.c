@@ -187,12 +187,9 @@ static size_t prepare(struct p2pstore *store, const struct arguments *a,
     return 0;
 }
 
-static int infer(struct p2pstore *store, const struct arguments *a)
+static int pull(struct p2pstore *store, const struct arguments *a, struct p2pstore_range *ranges,
+                size_t count)
 {
-    struct p2pstore_range *ranges = NULL;
-    size_t count = prepare(store, a, &ranges);
-    if (count == 0)
-        return 1;
     uint64_t total = 0;
     for (size_t r = 0; r < count; r++)
         total += ranges[r].length;
@@ -208,10 +205,18 @@ static int infer(struct p2pstore *store, const struct arguments *a)
     fflush(stdout);
     if (p2pstore_delete_replica(store, a->name, 10000) < 0)
         return complain("delete_replica");
+    return 0;
+}
+
+static int infer(struct p2pstore *store, const struct arguments *a)
+{
+    struct p2pstore_range *ranges = NULL;
+    size_t count = prepare(store, a, &ranges);
+    int status = count == 0 ? 1 : pull(store, a, ranges, count);
     for (size_t r = 0; r < count; r++)
         munmap(ranges[r].address, ranges[r].length);
     free(ranges);
-    return 0;
+    return status;
 }
 
 /* ---- both ---- */
