@@ -384,12 +384,13 @@ static int redis_call_up(struct redis *s)
     return rc;
 }
 
-/* Tries the addresses in turn, each with its share of the time. */
+/* Tries the addresses in turn, each with its share of the time. The other connection led to the same server: what broke
+ * this one would show there only later, and be taken for one more outage. */
 static int redis_call_up_any(struct redis *s)
 {
     uint64_t end = s->deadline_ms;
-    size_t before = s->address;
     int rc = -ETIMEDOUT;
+    redis_hang_up(&s->bell);
     for (size_t left = s->address_count; left > 0 && rc < 0; left--) {
         uint64_t now = util_now_ms();
         if (left < s->address_count)
@@ -397,8 +398,6 @@ static int redis_call_up_any(struct redis *s)
         s->deadline_ms = now + (end > now ? (end - now) / left : 0);
         rc = redis_call_up(s);
     }
-    if (s->address != before)
-        redis_hang_up(&s->bell);
     s->deadline_ms = end;
     return rc;
 }

@@ -27,7 +27,8 @@ struct backend {
     const char *name;
     const char *(*start)(void);
     void (*end)(void);
-    int lease_grain_ms; /* by how much leases are rounded up */
+    int (*restart)(void); /* the service, without its data; NULL: there is none */
+    int lease_grain_ms;   /* by how much leases are rounded up */
     int (*setup)(char url[META_URL_MAX]);
     void (*teardown)(const char *url);
 };
@@ -568,6 +569,30 @@ static void a_lock_has_one_holder_and_a_growing_token(void **state)
     assert_int_equal(meta_unlock(a, "sweep", third), 0);
 }
 
+/* ---- outages ---- */
+
+/* Whatever was open to the service before, a call that goes through is the end of the outage. */
+static void an_outage_that_is_over_does_not_come_back(void **state)
+{
+    struct meta_write write = {META_PUT, "t/1", "1", 0};
+    struct meta_txn txn = {.writes = &write, .write_count = 1};
+    struct told told = {0};
+    uint64_t revision = now_revision(a);
+    if (!backend->restart)
+        skip();
+    assert_int_equal(a->ops->wait(a, "t/", &revision, 50, -1, tell, &told), 0);
+    assert_int_equal(backend->restart(), 0);
+    uint64_t end = util_now_ms() + 30000;
+    int rc;
+    while ((rc = a->ops->list(a, "t/", tell, &told, &revision)) < 0 && util_now_ms() < end)
+        usleep(20000);
+    assert_int_equal(rc, 0);
+    assert_int_equal(a->ops->wait(a, "t/", &revision, 50, -1, tell, &told), 0);
+    assert_int_equal(a->ops->txn(a, &txn), 0);
+    wait_for(a, "t/", &revision, &told, 1);
+    assert_string_equal(told.text, "t/1=1 ");
+}
+
 /* ---- the backends ---- */
 
 static int local_setup(char out[META_URL_MAX])
@@ -588,6 +613,12 @@ static void local_teardown(const char *store_url)
 }
 
 static struct service service;
+
+static void service_kill(void)
+{
+    kill(service.pid, SIGKILL);
+    waitpid(service.pid, NULL, 0);
+}
 
 static void service_stop(void)
 {
@@ -612,6 +643,13 @@ static const char *redis_start(void)
 static const char *valkey_start(void)
 {
     return redis_like_start("valkey-server");
+}
+
+static int redis_restart(void)
+{
+    service_kill();
+    return service_start_redis(&service,
+                               backend->name[0] == 'r' ? "redis-server" : "valkey-server");
 }
 
 static int redis_setup(char out[META_URL_MAX])
@@ -648,6 +686,12 @@ static const char *http_start(void)
                : "scripts/metadata-server does not start";
 }
 
+static int http_restart(void)
+{
+    service_kill();
+    return service_start_http(&service, NULL);
+}
+
 static int http_setup(char out[META_URL_MAX])
 {
     static int count;
@@ -661,11 +705,13 @@ static const struct backend backends[] = {
     {.name = "redis",
      .start = redis_start,
      .end = service_stop,
+     .restart = redis_restart,
      .setup = redis_setup,
      .teardown = service_teardown},
     {.name = "valkey",
      .start = valkey_start,
      .end = service_stop,
+     .restart = redis_restart,
      .setup = redis_setup,
      .teardown = service_teardown},
     {.name = "etcd",
@@ -677,6 +723,7 @@ static const struct backend backends[] = {
     {.name = "http",
      .start = http_start,
      .end = service_stop,
+     .restart = http_restart,
      .setup = http_setup,
      .teardown = service_teardown},
 };
@@ -706,6 +753,7 @@ int main(int argc, char **argv)
         STORY(a_key_belongs_to_the_lease_that_wrote_it_last),
         STORY(the_keys_of_a_killed_process_go_within_its_lease),
         STORY(a_lock_has_one_holder_and_a_growing_token),
+        STORY(an_outage_that_is_over_does_not_come_back),
     };
     int failed = 0;
     log_setup(LOG_ERROR, false);
