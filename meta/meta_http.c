@@ -68,6 +68,14 @@ static void web_base_name(uint64_t base, char out[WEB_NAME])
     snprintf(out, WEB_NAME, "base.%016llx", (unsigned long long)base);
 }
 
+static int web_unconditional(struct web *s)
+{
+    return web_fail(s, -EBADMSG,
+                    "%s no longer honours If-Match and If-None-Match; nothing is written until it "
+                    "does",
+                    s->base);
+}
+
 /* Puts the base below *newer. 1: there is no such base (any more). */
 static int web_base_get(struct web *s, struct web_doc *newer)
 {
@@ -112,6 +120,10 @@ static int web_fetch_once(struct web *s, uint64_t *missing)
         web_call(s, "GET", WEB_STATE, NULL, NULL, s->text && s->etag[0] ? s->etag : NULL, &reply);
     if (rc < 0)
         return rc;
+    if (web_done(&reply) && !s->store.read_only && !web_strong(reply.etag)[0]) {
+        free(reply.body);
+        return web_unconditional(s);
+    }
     if (web_done(&reply) && s->text && strcmp(reply.body, s->text) == 0) {
         web_text_set(s, reply.body, reply.etag); /* a service without tags */
         return 0;
@@ -258,14 +270,7 @@ static int web_update_allowed(struct web *s)
         s->doubt = false;
     if (rc == 0 && s->text && !s->etag[0])
         rc = web_fetch(s);
-    if (rc == 0 && s->text && !s->etag[0])
-        rc = -EOPNOTSUPP;
-    if (rc == -EOPNOTSUPP)
-        rc = web_fail(s, -EBADMSG,
-                      "%s no longer honours If-Match and If-None-Match; nothing is written until "
-                      "it does",
-                      s->base);
-    return rc;
+    return rc == -EOPNOTSUPP ? web_unconditional(s) : rc;
 }
 
 int web_update(struct web *s, web_change change, void *arg)
