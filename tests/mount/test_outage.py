@@ -168,7 +168,9 @@ def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster
     eventually(lambda: tree(a) == before, what="all names are back")
     assert tree(b) == before
     c = cluster.node()
-    assert tree(c) == before
+    eventually(lambda: tree(c) == before, what="all names are back in the service")
+    for name in ("big", "dir/f1"):
+        eventually(lambda: int(c.xattr(name, "replicas")) > 0, what=f"somebody holds {name} again")
     assert c.path("big").read_bytes() == data.pattern(8 << 20, 9)
     assert c.path("dir/f1").read_bytes() == data.pattern(100_000, 1)
     assert os.readlink(c.path("latest")) == "big"
