@@ -6,6 +6,7 @@
  * it was, as a cluster that was emptied and made again has the same id. */
 #include <ctype.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,7 @@
 #include "meta/meta_etcd_call.h"
 
 /* Keys of one page of a listing. etcd looks at all that follow for each page, so there should be few. */
-#define ETCD_PAGE 10000
+#define ETCD_PAGE 5000
 
 #define ETCD_EPOCH      "epoch"
 #define ETCD_GRACE_MS   150  /* how long a change that is known to be there may take to come */
@@ -179,19 +180,68 @@ static int etcd_epoch_get(struct etcd *s, bool make, char epoch[33])
 
 /* ---- listing ---- */
 
-static int etcd_page_tell(struct etcd *s, const cJSON *kvs, meta_event_fn each, void *arg,
-                          int *asked)
+/* One page: the keys behind `after` at a revision. The next one is fetched, by a thread of its own, while this one is
+ * told: the service and this process take about as long. */
+struct etcd_page {
+    struct etcd *s;
+    const char *prefix;
+    char *after;       /* a whole key; NULL: from the first */
+    uint64_t revision; /* 0: now */
+    cJSON *answer;
+    int rc;
+};
+
+static void *etcd_page_fetch(void *arg)
 {
-    size_t skip = strlen(s->prefix);
+    struct etcd_page *page = arg;
+    cJSON *request = cJSON_CreateObject();
+    etcd_put_range(page->s, request, page->prefix);
+    if (page->after) {
+        cJSON_DeleteItemFromObjectCaseSensitive(request, "key");
+        etcd_put_after(request, page->after);
+    }
+    etcd_put_number(request, "limit", ETCD_PAGE);
+    if (page->revision != 0)
+        etcd_put_number(request, "revision", page->revision);
+    page->s->deadline_ms = util_now_ms() + META_DEADLINE_MS; /* each page is an answer */
+    page->rc = etcd_call(page->s, "/v3/kv/range", request, true, &page->answer);
+    return NULL;
+}
+
+/* The page behind this one; true: there is one. */
+static bool etcd_page_next(const struct etcd_page *page, struct etcd_page *next)
+{
+    *next = (struct etcd_page){.s = page->s, .prefix = page->prefix, .revision = page->revision};
+    if (!cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(page->answer, "more")))
+        return false;
+    const cJSON *kvs = cJSON_GetObjectItemCaseSensitive(page->answer, "kvs");
+    cJSON *last = cJSON_Duplicate(cJSON_GetArrayItem(kvs, cJSON_GetArraySize(kvs) - 1), true);
+    const char *key = etcd_get_bytes(last, "key"); /* decodes in place, hence the copy */
+    next->after = key ? strdup(key) : NULL;
+    next->rc = next->after ? 0 : -EBADMSG;
+    cJSON_Delete(last);
+    return true;
+}
+
+static void etcd_page_free(struct etcd_page *page)
+{
+    cJSON_Delete(page->answer);
+    free(page->after);
+}
+
+/* Touches nothing of the store, which fetches meanwhile. */
+static int etcd_page_tell(const struct etcd_page *page, meta_event_fn each, void *arg, int *asked)
+{
+    size_t skip = strlen(page->s->prefix);
     const cJSON *kv;
-    cJSON_ArrayForEach(kv, kvs) {
+    cJSON_ArrayForEach(kv, cJSON_GetObjectItemCaseSensitive(page->answer, "kvs")) {
         struct meta_event event = {
             .key = etcd_get_bytes(kv, "key"),
             .value = etcd_get_bytes(kv, "value"),
             .revision = etcd_get_number(kv, "mod_revision"),
         };
         if (!event.key || strlen(event.key) < skip)
-            return etcd_senseless(s);
+            return -EBADMSG;
         event.key += skip;
         if (!event.value)
             event.value = ""; /* an empty one is left out */
@@ -202,40 +252,34 @@ static int etcd_page_tell(struct etcd *s, const cJSON *kvs, meta_event_fn each, 
     return 0;
 }
 
-/* The page behind `after` (whole keys; NULL: the first), at *revision (0: now, and then set). *last: its last key when
- * there are more, otherwise NULL. */
-static int etcd_page(struct etcd *s, const char *prefix, char **last, uint64_t *revision,
-                     meta_event_fn each, void *arg, int *asked)
+/* Tells all pages. *revision: of them all. */
+static int etcd_pages(struct etcd *s, const char *prefix, meta_event_fn each, void *arg,
+                      uint64_t *revision, int *asked)
 {
-    cJSON *answer;
-    cJSON *request = cJSON_CreateObject();
-    etcd_put_range(s, request, prefix);
-    if (*last) {
-        cJSON_DeleteItemFromObjectCaseSensitive(request, "key");
-        etcd_put_after(request, *last);
-        free(*last);
-        *last = NULL;
+    struct etcd_page page = {.s = s, .prefix = prefix};
+    etcd_page_fetch(&page);
+    if (page.rc == 0)
+        *revision = page.revision = etcd_revision_of(page.answer);
+    bool more = page.rc == 0;
+    int rc = page.rc;
+    while (more) {
+        struct etcd_page next;
+        more = etcd_page_next(&page, &next);
+        pthread_t thread;
+        bool ahead =
+            more && next.rc == 0 && pthread_create(&thread, NULL, etcd_page_fetch, &next) == 0;
+        int told = etcd_page_tell(&page, each, arg, asked);
+        if (ahead)
+            pthread_join(thread, NULL);
+        else if (more && told == 0 && next.rc == 0 && *asked == 0)
+            etcd_page_fetch(&next);
+        rc = told < 0 ? told : *asked < 0 ? 0 : next.rc;
+        more = more && rc == 0 && *asked == 0;
+        etcd_page_free(&page);
+        page = next;
     }
-    etcd_put_number(request, "limit", ETCD_PAGE);
-    if (*revision != 0)
-        etcd_put_number(request, "revision", *revision);
-    s->deadline_ms = util_now_ms() + META_DEADLINE_MS; /* each page is an answer */
-    int rc = etcd_call(s, "/v3/kv/range", request, true, &answer);
-    if (rc < 0)
-        return rc;
-    if (*revision == 0)
-        *revision = etcd_revision_of(answer);
-    const cJSON *kvs = cJSON_GetObjectItemCaseSensitive(answer, "kvs");
-    rc = etcd_page_tell(s, kvs, each, arg, asked);
-    if (rc == 0 && *asked == 0 && cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(answer, "more"))) {
-        const cJSON *kv = cJSON_GetArrayItem(kvs, cJSON_GetArraySize(kvs) - 1);
-        const cJSON *key = cJSON_GetObjectItemCaseSensitive(kv, "key"); /* decoded by now */
-        *last = cJSON_IsString(key) ? strdup(key->valuestring) : NULL;
-        if (!*last)
-            rc = etcd_fail(s, -ENOMEM, "out of memory");
-    }
-    cJSON_Delete(answer);
-    return rc;
+    etcd_page_free(&page);
+    return rc == -EBADMSG ? etcd_senseless(s) : rc;
 }
 
 /* Learns whose data it is that is listed next: another's than before counts in store.epoch. */
@@ -256,7 +300,6 @@ static int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn
                      uint64_t *revision)
 {
     struct etcd *s = etcd_of(store);
-    char *last = NULL;
     int asked = 0;
     /* what another prefix's feed has missed, this listing does not bring */
     bool covers = !s->waited || strncmp(s->waited, prefix, strlen(prefix)) == 0;
@@ -267,11 +310,8 @@ static int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn
     s->gap = false;
     if (covers)
         rc = etcd_epoch_learn(s);
-    do {
-        if (rc == 0)
-            rc = etcd_page(s, prefix, &last, revision, each, arg, &asked);
-    } while (rc == 0 && asked == 0 && last);
-    free(last);
+    if (rc == 0)
+        rc = etcd_pages(s, prefix, each, arg, revision, &asked);
     if (rc == 0 && covers) {
         if (*revision < s->newest)
             s->store.epoch++; /* it went back */
