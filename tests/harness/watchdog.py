@@ -2,9 +2,10 @@
 
 A thread that waits for a FUSE reply cannot be woken by an ordinary signal, so a plain alarm would
 not end a stuck test. The watchdog aborts the connections and kills the daemons of the test first,
-which fails the system call, and then raises in the main thread.
+which fails the system call, and then raises in the thread that runs the tests.
 """
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -26,7 +27,12 @@ class Watchdog:
         self._limit = 0
         self._armed = False
         self.barked = False
-        signal.signal(signal.SIGALRM, self._raise)
+        # The tests' thread is the main one, except in a worker of pytest-xdist on Debian 12 now and
+        # then. Only the main thread handles signals, which also wake it from a system call.
+        self._thread = threading.current_thread()
+        self._signals = self._thread is threading.main_thread()
+        if self._signals:
+            signal.signal(signal.SIGALRM, self._raise)
 
     def watch(self, cluster):
         with self._lock:
@@ -59,7 +65,11 @@ class Watchdog:
         with self._lock:
             for cluster in self._clusters:
                 cluster.abort()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+        if self._signals:
+            signal.pthread_kill(self._thread.ident, signal.SIGALRM)
+        elif self._armed:
+            thread = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TestTimeout))
 
     def _bite(self):
         print("\nwatchdog: the test does not end, giving up the run", file=sys.__stderr__)
