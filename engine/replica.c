@@ -268,7 +268,9 @@ void replica_fail(struct replica *replica, int error, const char *reason)
     replica->whole = false;
     struct engine_waiter *failed = waiters_detach(replica, true);
     replica->error = error;
-    replica->failed_ns = util_now_ns();
+    for (const struct engine_waiter *w = failed; w; w = w->next) {
+        replica->failed_ns = w->patient ? replica->failed_ns : util_now_ns();
+    }
     replica_reason_set(replica, reason);
     pthread_mutex_unlock(&replica->lock);
 

@@ -89,7 +89,7 @@ struct replica {
     bool offline;                  /* and found nobody */
     uint32_t sources;              /* attached suppliers of all lanes */
     int error;                     /* the last failure */
-    uint64_t failed_ns;            /* and when it was */
+    uint64_t failed_ns;            /* and when it failed readers */
     char *reason;                  /* and its cause; owned; NULL: none */
     atomic_uint
         changes; /* grows with every shard and digest, so that sessions know when to speak */
