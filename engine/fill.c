@@ -359,15 +359,15 @@ void fill_promote(struct pull *pull)
     }
 }
 
-/* Another source that has the shard; the idlest. */
-static struct source *source_other(const struct fill *fill, uint64_t now_ns)
+/* Another source that has the shard; the idlest. willing: and did not refuse it just now. */
+static struct source *source_other(const struct fill *fill, bool willing, uint64_t now_ns)
 {
     struct source *best = NULL;
     struct source *source;
     DL_FOREACH(fill->source->pull->sources, source) {
         if (source != fill->source && source_usable(source, now_ns) &&
-            source_has(source, fill->request.shard) && source_askable(source) &&
-            (!best || source->inflight < best->inflight)) {
+            (source_has(source, fill->request.shard) || (source->complete && !willing)) &&
+            source_askable(source) && (!best || source->inflight < best->inflight)) {
             best = source;
         }
     }
@@ -386,7 +386,7 @@ static bool fill_stalled(struct fill *fill, uint64_t now_ns)
         (!fill->granted_ns && !silent && still < FILL_AGAIN_NS)) {
         return false; /* who waits for his turn and hears from there is not stalled */
     }
-    bool other = fill->twin || source_other(fill, now_ns);
+    bool other = fill->twin || source_other(fill, false, now_ns);
     if (!other && (still < FILL_AGAIN_NS || (!fill->granted_ns && !silent))) {
         return false; /* nobody better */
     }
@@ -425,7 +425,7 @@ static bool fill_trickles(struct fill *fill, uint64_t now_ns)
     if (!fill->granted_ns || !spread_trickles(now_ns - fill->granted_ns, pull->usual_ns)) {
         return false;
     }
-    const struct source *other = source_other(fill, now_ns);
+    const struct source *other = source_other(fill, true, now_ns);
     if (!fill->twin && (!other || other->inflight)) {
         return false; /* it has more urgent things to do */
     }
@@ -454,7 +454,7 @@ static void fill_hedge(struct fill *fill, uint64_t now_ns)
         !spread_hedge_due(now_ns - fill->asked_ns, pull->usual_ns)) {
         return;
     }
-    struct source *other = source_other(fill, now_ns);
+    struct source *other = source_other(fill, true, now_ns);
     if (!other || other->inflight) {
         return; /* it has more urgent things to do */
     }

@@ -308,7 +308,7 @@ static uint32_t shard_promise(struct session *s, const struct follow *follow, st
     if (wait) {
         *count = slots_book_advise(replica->book, advice, GRANT_ADVICE);
     } else {
-        slots_book_promise(replica->book, grant->shard, s->mark);
+        slots_book_promise(replica->book, grant->shard, s->mark, now_ms());
         grant->promised = true;
     }
     pthread_mutex_unlock(&replica->lock);

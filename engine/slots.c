@@ -8,7 +8,7 @@
 #define SLOTS_PATIENCE_MIN_MS  250
 #define SLOTS_PATIENCE_MAX_MS  5000
 #define SLOTS_PATIENCE_UNKNOWN 1000
-#define SLOTS_PROMISED         UINT64_MAX
+#define SLOTS_PROMISE          4 /* times the patience: what has not landed then may go to others as well */
 
 struct slots slots_new(void)
 {
@@ -175,9 +175,10 @@ uint32_t slots_patience_ms(const struct slots *slots)
 /* ---- the book of a version ---- */
 
 struct slots_entry {
-    uint64_t landed_ms; /* SLOTS_PROMISED: not yet */
-    uint32_t to;        /* 0: nobody has got it */
-    uint32_t before;    /* who had landed it before `to` was promised it too; 0: nobody */
+    uint64_t since_ms; /* landed there, or promised */
+    uint32_t to;       /* 0: nobody has got it */
+    uint32_t before;   /* who had landed it before `to` was promised it too; 0: nobody */
+    bool promised;     /* not landed yet */
 };
 
 struct slots_book {
@@ -211,21 +212,20 @@ uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t
     if (entry->to == 0 || entry->to == to) {
         return 0;
     }
-    if (entry->landed_ms == SLOTS_PROMISED) {
-        return patience_ms;
-    }
-    uint64_t end = entry->landed_ms + patience_ms;
-    return now_ms < end ? (uint32_t)(end - now_ms) : 0;
+    uint64_t end = entry->since_ms + (uint64_t)patience_ms * (entry->promised ? SLOTS_PROMISE : 1);
+    uint64_t wait = now_ms < end ? end - now_ms : 0;
+    return wait < patience_ms ? (uint32_t)wait : patience_ms;
 }
 
-void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to)
+void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms)
 {
     struct slots_entry *entry = &book->entries[shard];
     book->fresh -= entry->to == 0;
-    if (entry->landed_ms != SLOTS_PROMISED) {
+    if (!entry->promised) {
         entry->before = entry->to;
     }
-    entry->landed_ms = SLOTS_PROMISED;
+    entry->promised = true;
+    entry->since_ms = now_ms;
     entry->to = to;
 }
 
@@ -236,11 +236,12 @@ void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uin
     if (entry->to != to) {
         return; /* promised to another one since */
     }
+    entry->promised = false;
     if (landed) {
-        entry->landed_ms = now_ms;
+        entry->since_ms = now_ms;
     } else {
         entry->to = entry->before;
-        entry->landed_ms = 0; /* long enough ago, or it would not have been promised again */
+        entry->since_ms = 0; /* long enough ago, or it would not have been promised again */
         book->fresh += entry->to == 0;
     }
 }

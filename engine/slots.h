@@ -86,10 +86,11 @@ struct slots_book;
 int slots_book_open(uint32_t shards, struct slots_book **book); /* 0, -ENOMEM */
 void slots_book_close(struct slots_book *book);                 /* NULL is harmless */
 /* Milliseconds for which `to` (any number that tells peers apart, not 0) should not get the shard, since another one
- * has it or gets it; 0: it may. */
+ * has it or gets it; 0: it may. A promise counts for a few times the patience, whatever becomes of it. */
 uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t to,
                          uint64_t now_ms, uint32_t patience_ms);
-void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to); /* `to` gets it */
+/* `to` gets it. */
+void slots_book_promise(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms);
 /* The promise is over: landed there, or not, and then it is as if it had never been made. */
 void slots_book_settle(struct slots_book *book, uint32_t shard, uint32_t to, uint64_t now_ms,
                        bool landed);

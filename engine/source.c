@@ -18,7 +18,9 @@
 #define SOURCE_AGAIN_LAST_MS   30000      /* and, failing again and again, for so long */
 #define SOURCE_URGENT_INFLIGHT 32
 #define SOURCE_STARVING_NS     3000000000ull
-#define SOURCE_BUSY_MAX_MS     10000 /* longer than any honest peer asks for */
+#define SOURCE_ALIVE_NS        1500000000ull /* heard of so lately; a ping is answered each second */
+#define SOURCE_BUSY_MAX_MS     10000         /* longer than any honest peer asks for */
+#define SOURCE_BUSY_PART       4             /* and no longer than this part of read_timeout */
 
 static const struct attachment_ops source_ops;
 
@@ -62,7 +64,9 @@ void source_blame(struct source *source, int status)
 
 void source_busy(struct source *source, uint32_t shard, bool urgent, uint32_t retry_ms)
 {
-    retry_ms = retry_ms < SOURCE_BUSY_MAX_MS ? retry_ms : SOURCE_BUSY_MAX_MS;
+    uint32_t most = source->pull->replica->engine->config.read_timeout_ms / SOURCE_BUSY_PART;
+    most = most < SOURCE_BUSY_MAX_MS ? most : SOURCE_BUSY_MAX_MS;
+    retry_ms = retry_ms < most ? retry_ms : most;
     uint64_t until = loop_now_ns(source->pull->lane->loop) + retry_ms * 1000000ull;
     atomic_fetch_add(&supplier_peer(source->attachment.supplier)->busy, 1);
     atomic_fetch_add(&source->pull->lane->engine->counters.asks_busy, 1);
@@ -178,7 +182,7 @@ static uint32_t shard_choose(struct source *source, enum source_turn turn, bool 
     bool all = turn == TURN_URGENT && source->complete;
     struct spread_offer offer = {.bitmap = all ? NULL : source->bitmap,
                                  .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
-                                 .far = source->far};
+                                 .far = source->far && !source->pull->starving};
     uint32_t shard = SPREAD_NONE;
     *urgent = false;
     if (turn == TURN_RARE) {
@@ -257,8 +261,8 @@ static bool source_room(const struct source *source, enum source_turn turn, uint
     }
     uint32_t waiting = width / usable;
     bool wanted = pull->fetching < width;
-    if (turn == TURN_RARE) { /* whatever else comes: what only few have must be spread */
-        wanted = true;
+    if (turn == TURN_RARE || pull->starving) {
+        wanted = true; /* whatever else comes: what only few have must be spread */
     } else if (turn == TURN_ANY) {
         wanted &= spread_hungry(loop_now_ns(pull->lane->loop) - pull->full_ns, pull->usual_ns);
     }
@@ -281,14 +285,17 @@ static struct source *source_idlest(struct pull *pull, enum source_turn turn, ui
     return best;
 }
 
-/* Nothing has come for so long that it is urgent, whoever waits: holders do not refuse it then, so that no pull fails
- * while a live one has what it lacks. */
-static bool starving(const struct pull *pull, uint64_t now)
+static uint64_t starving_ns(const struct pull *pull)
 {
-    const struct replica *replica = pull->replica;
-    uint64_t patience = (uint64_t)replica->engine->config.read_timeout_ms * 500000;
-    uint64_t progress = atomic_load(&replica->progress_ns);
-    return now > progress + (patience < SOURCE_STARVING_NS ? patience : SOURCE_STARVING_NS);
+    uint64_t half = (uint64_t)pull->replica->engine->config.read_timeout_ms * 500000;
+    return half < SOURCE_STARVING_NS ? half : SOURCE_STARVING_NS;
+}
+
+/* Nothing has come for so long that it is urgent, whoever waits: holders do not refuse it then, so that no pull fails
+ * while a live one has what it lacks, whatever has been promised to others. */
+static bool starving(const struct pull *pull, uint64_t now_ns)
+{
+    return now_ns > atomic_load(&pull->replica->progress_ns) + starving_ns(pull);
 }
 
 static void sources_turn(struct pull *pull, enum source_turn turn, uint32_t usable, uint64_t now)
@@ -301,7 +308,7 @@ static void sources_turn(struct pull *pull, enum source_turn turn, uint32_t usab
         bool urgent = false;
         uint32_t shard = shard_take(source, turn, &urgent);
         source->dry = shard == SPREAD_NONE;
-        urgent |= turn == TURN_ANY && starving(pull, now);
+        urgent |= pull->starving;
         if (!source->dry && fill_start(source, shard, urgent) < 0) {
             shard_untake(pull->replica, shard);
             source->dry = true;
@@ -323,6 +330,7 @@ void source_pump_all(struct pull *pull)
     if (!usable) {
         return;
     }
+    pull->starving = starving(pull, now);
     pthread_mutex_lock(&pull->replica->lock);
     bool demanded = pull->replica->waiters;
     bool whole = pull->replica->whole;
@@ -648,8 +656,27 @@ void source_update(struct pull *pull)
     source_pump_all(pull);
 }
 
+/* What was refused before, and who failed before, is tried again a few times before the pull fails. */
+static void starve(struct pull *pull, uint64_t now_ns)
+{
+    if (!starving(pull, now_ns) || now_ns < pull->starved_ns + starving_ns(pull) / 4) {
+        return;
+    }
+    pull->starved_ns = now_ns;
+    struct source *source;
+    DL_FOREACH(pull->sources, source) {
+        if (now_ns - supplier_heard_ns(source->attachment.supplier) < SOURCE_ALIVE_NS) {
+            source->busy_until_ns = 0;
+        }
+        if (source->attached && source->complete) {
+            bitmap_fill(source);
+        }
+    }
+}
+
 void source_tick(struct pull *pull, uint64_t now_ns)
 {
+    starve(pull, now_ns);
     struct source *source;
     DL_FOREACH(pull->sources, source) {
         if (source->staged && source->staged_count == pull->replica->shards &&

@@ -21,6 +21,8 @@ struct pull {
     uint64_t full_ns;            /* when the window was full last */
     uint64_t usual_ns;           /* from grant to landed, smoothed; 0: not known yet */
     uint32_t hedges;             /* shards asked twice so far */
+    bool starving;               /* nothing has come for long, on any lane */
+    uint64_t starved_ns;         /* when everybody was given another chance for that */
     uint64_t review_ns;          /* home lane: the next look at the neighbours */
     uint64_t look_ns;            /* home lane: the next look for holders */
     uint64_t look_wait_ns;

@@ -105,7 +105,7 @@ static uint32_t promise(struct sim *sim, struct sim_fill *fill)
     if (wait) {
         fill->advice_count = slots_book_advise(node->book, fill->advice, GRANT_ADVICE);
     } else {
-        slots_book_promise(node->book, fill->shard, mark_of(fill->conn));
+        slots_book_promise(node->book, fill->shard, mark_of(fill->conn), ms_of(sim));
         fill->promised = true;
     }
     return wait;
@@ -227,8 +227,25 @@ void holder_news(struct sim *sim, struct sim_node *node, uint32_t shard)
     }
 }
 
+/* What was promised to who stands still is free for others. */
+static void promises_end(struct sim *sim, struct sim_conn *conn)
+{
+    struct sim_fill *fill;
+    DL_FOREACH2(conn->grants, fill, grant_next)
+    {
+        if (fill->promised && (fill->ask.state == SLOTS_OVERDUE ||
+                               (fill->ask.state == SLOTS_WAITING && conn->slots.overdue > 0))) {
+            fill->promised = false;
+            slots_book_settle(conn->holder->book, fill->shard, mark_of(conn), ms_of(sim), false);
+        }
+    }
+}
+
 void holder_tick(struct sim *sim, struct sim_node *node)
 {
     slots_overdue(&node->slots, sim->now_ns);
+    for (uint32_t i = 0; node->slots.overdue_count && i < node->follower_count; i++) {
+        promises_end(sim, node->followers[i]);
+    }
     dispatch(sim, node);
 }

@@ -212,6 +212,7 @@ static void node_init(struct sim *sim, uint32_t id)
         node->present = sim->shards;
         node->announced = true;
         sim->holders[sim->holder_count++] = node;
+        sim_at(sim, SIM_TICK_NS, SIM_TICK, node, 0, 0);
         return;
     }
     node->known = calloc(SIM_KNOWN_MAX, sizeof *node->known);

@@ -213,22 +213,39 @@ static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
     struct slots_book *book;
     assert_int_equal(slots_book_open(100, &book), 0);
     assert_int_equal(slots_book_wait(book, 7, 1, 0, 300), 0);
-    slots_book_promise(book, 7, 1);
+    slots_book_promise(book, 7, 1, 0);
     assert_int_equal(slots_book_wait(book, 7, 2, 0, 300), 300); /* on its way to 1 */
     assert_int_equal(slots_book_wait(book, 7, 1, 0, 300), 0);   /* who asks for it again gets it */
     slots_book_settle(book, 7, 1, 1000, true);
     assert_int_equal(slots_book_wait(book, 7, 2, 1100, 300), 200);
     assert_int_equal(slots_book_wait(book, 7, 2, 1300, 300), 0); /* 1 does not pass it on */
 
-    slots_book_promise(book, 8, 1);
+    slots_book_promise(book, 8, 1, 0);
     assert_int_equal(slots_book_fresh(book), 98);
     slots_book_settle(book, 8, 1, 1000, false); /* it never got there */
     assert_int_equal(slots_book_wait(book, 8, 2, 1000, 300), 0);
     assert_int_equal(slots_book_fresh(book), 99);
 
-    slots_book_promise(book, 7, 2); /* a repeat that comes to nothing: 1 still has it */
+    slots_book_promise(book, 7, 2, 0); /* a repeat that comes to nothing: 1 still has it */
     slots_book_settle(book, 7, 2, 2000, false);
     assert_int_equal(slots_book_fresh(book), 99);
+    slots_book_close(book);
+}
+
+/* However long its peer keeps it without an end: others get the shard then, and what becomes of it is no matter. */
+static void a_promise_does_not_hold_for_ever(void **state)
+{
+    struct slots_book *book;
+    assert_int_equal(slots_book_open(10, &book), 0);
+    slots_book_promise(book, 3, 1, 1000);
+    assert_int_equal(slots_book_wait(book, 3, 2, 1900, 300), 300);
+    assert_int_equal(slots_book_wait(book, 3, 2, 2100, 300), 100);
+    assert_int_equal(slots_book_wait(book, 3, 2, 2200, 300), 0);
+    slots_book_promise(book, 3, 2, 2200);
+    slots_book_settle(book, 3, 1, 2300, false);
+    assert_int_equal(slots_book_wait(book, 3, 4, 2300, 300), 300); /* 2 has it now */
+    slots_book_settle(book, 3, 2, 2400, true);
+    assert_int_equal(slots_book_wait(book, 3, 4, 2500, 300), 200);
     slots_book_close(book);
 }
 
@@ -239,7 +256,7 @@ static void advice_names_what_nobody_has(void **state)
     bool named[100] = {false};
     assert_int_equal(slots_book_open(100, &book), 0);
     for (uint32_t k = 0; k < 100; k += 2) {
-        slots_book_promise(book, k, 1);
+        slots_book_promise(book, k, 1, 0);
     }
     for (unsigned round = 0; round < 10; round++) {
         uint32_t shards[5];
@@ -251,7 +268,7 @@ static void advice_names_what_nobody_has(void **state)
         }
     }
     for (uint32_t k = 1; k < 100; k += 2) {
-        slots_book_promise(book, k, 1);
+        slots_book_promise(book, k, 1, 0);
     }
     uint32_t shard;
     assert_int_equal(slots_book_advise(book, &shard, 1), 0);
@@ -306,6 +323,7 @@ int main(void)
         cmocka_unit_test(slots_grow_while_shards_are_quick),
         cmocka_unit_test(a_full_queue_says_so),
         cmocka_unit_test(each_shard_is_handed_out_once_before_one_is_repeated),
+        cmocka_unit_test(a_promise_does_not_hold_for_ever),
         cmocka_unit_test(advice_names_what_nobody_has),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
