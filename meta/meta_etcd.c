@@ -14,8 +14,9 @@
 #include "meta/base/util.h"
 #include "meta/meta_etcd_call.h"
 
-/* Keys of one page of a listing. etcd looks at all that follow for each page, so there should be few. */
-#define ETCD_PAGE 5000
+/* Keys of one page of a listing. etcd looks at all that follow for each page, so there should be few; and two of them are
+ * in memory while they are read. */
+#define ETCD_PAGE 20000
 
 #define ETCD_EPOCH      "epoch"
 #define ETCD_GRACE_MS   150  /* how long a change that is known to be there may take to come */
