@@ -14,6 +14,7 @@
 #include <microhttpd.h>
 #include <netdb.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #define EXPORTER_CONNECTIONS 16
 #define EXPORTER_TIMEOUT_S   10
@@ -96,6 +97,21 @@ static struct addrinfo *address_find(const char *text)
     return getaddrinfo(host, colon + 1, &hints, &found) == 0 ? found : NULL;
 }
 
+/* A socket that listens there, or negative errno; libmicrohttpd does not tell what its own one failed with. */
+static int socket_listen(const struct addrinfo *at)
+{
+    int fd = socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int on = 1;
+    if (fd < 0)
+        return -errno;
+    (void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    if (bind(fd, at->ai_addr, at->ai_addrlen) == 0 && listen(fd, EXPORTER_CONNECTIONS) == 0)
+        return fd;
+    int rc = -errno;
+    close(fd);
+    return rc;
+}
+
 int exporter_open(struct control *control, const char *address, struct exporter **out, char **error)
 {
     *error = NULL;
@@ -109,14 +125,18 @@ int exporter_open(struct control *control, const char *address, struct exporter 
         goto complain;
     unsigned flags = MHD_USE_INTERNAL_POLLING_THREAD | MHD_USE_AUTO | MHD_USE_ERROR_LOG |
                      (found->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0);
-    errno = 0;
+    int fd = socket_listen(found);
+    freeaddrinfo(found);
+    rc = fd < 0 ? fd : 0;
+    if (rc < 0)
+        goto complain;
+    /* Takes the socket, also when it fails. */
     exporter->daemon = MHD_start_daemon(
         flags, 0, NULL, NULL, answer, exporter, MHD_OPTION_EXTERNAL_LOGGER, logged, NULL,
-        MHD_OPTION_SOCK_ADDR, found->ai_addr, MHD_OPTION_CONNECTION_LIMIT, EXPORTER_CONNECTIONS,
+        MHD_OPTION_LISTEN_SOCKET, fd, MHD_OPTION_CONNECTION_LIMIT, EXPORTER_CONNECTIONS,
         MHD_OPTION_CONNECTION_TIMEOUT, EXPORTER_TIMEOUT_S, MHD_OPTION_CONNECTION_MEMORY_LIMIT,
         (size_t)EXPORTER_MEMORY, MHD_OPTION_END);
-    rc = exporter->daemon ? 0 : errno ? -errno : -EADDRINUSE;
-    freeaddrinfo(found);
+    rc = exporter->daemon ? 0 : -ENOMEM;
     if (rc < 0)
         goto complain;
     *out = exporter;

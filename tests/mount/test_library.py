@@ -113,7 +113,7 @@ def test_the_program_in_the_readme_works(user):
 def test_a_program_links_with_cmake_and_statically(user, installed):
     here, environment = user
     (here / "CMakeLists.txt").write_text(PROJECT)
-    run("cmake", "-S", here, "-B", here / "build", f"-DCMAKE_PREFIX_PATH={installed}")
+    run("cmake", "-G", "Ninja", "-S", here, "-B", here / "build", f"-DCMAKE_PREFIX_PATH={installed}")
     run("cmake", "--build", here / "build")
     for name in ("shared", "static"):
         assert run(here / "build" / name, f"local://{here}/meta", env=environment) == "0.1.0\n"
