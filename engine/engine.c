@@ -293,14 +293,6 @@ void engine_version_sealed(struct engine *engine, const struct model_id *version
     replica_put(replica);
 }
 
-void engine_node_changed(struct engine *engine, const char *node, bool up)
-{
-    /* Looks for holders see it, and links notice their own end; nothing to do at once. */
-    (void)engine;
-    (void)node;
-    (void)up;
-}
-
 /* ---- reading ---- */
 
 int engine_replica_open(struct engine *engine, const struct model_id *version,

@@ -61,7 +61,6 @@ void engine_close(struct engine *engine);
 /* From catalog_events. */
 void engine_version_gone(struct engine *engine, const struct model_id *version);
 void engine_version_sealed(struct engine *engine, const struct model_id *version);
-void engine_node_changed(struct engine *engine, const char *node, bool up);
 
 /* ---- reading ---- */
 

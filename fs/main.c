@@ -70,15 +70,6 @@ static void version_sealed(void *arg, const struct model_id *version)
     pthread_mutex_unlock(&house->gate);
 }
 
-static void node_changed(void *arg, const char *node, bool up)
-{
-    struct house *house = arg;
-    pthread_mutex_lock(&house->gate);
-    if (house->events_to != NULL)
-        engine_node_changed(house->events_to, node, up);
-    pthread_mutex_unlock(&house->gate);
-}
-
 static void name_changed(void *arg, uint64_t parent, const char *name)
 {
     struct house *house = arg;
@@ -139,8 +130,7 @@ static int open_catalog(struct house *house, uint64_t boot)
                                     .events = {.arg = house,
                                                .name_changed = name_changed,
                                                .version_gone = version_gone,
-                                               .version_sealed = version_sealed,
-                                               .node_changed = node_changed}};
+                                               .version_sealed = version_sealed}};
     snprintf(config.self.name, sizeof(config.self.name), "%s", options->node);
     snprintf(config.self.locality, sizeof(config.self.locality), "%s",
              options->locality == NULL ? "" : options->locality);

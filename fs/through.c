@@ -205,7 +205,9 @@ void through_leave(struct house *house, struct handle *handle, fuse_req_t req)
         duplicates = through->enabled && req != NULL && !handle->draft;
     }
     pthread_mutex_unlock(&through->lock);
-    if (duplicates && engine_lend(house->engine, handle->replica, &(int){-1}) == 0)
+    struct engine_info info;
+    if (duplicates && engine_info(house->engine, &handle->inode->key.version, &info) == 0 &&
+        (info.state == ENGINE_COMPLETE || info.state == ENGINE_INPLACE))
         notice_inode(house, handle->inode);
 }
 
