@@ -181,9 +181,7 @@ class Node:
         """Ends the process and fails every request of its mount; safe at any time, from any thread."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
-        mount = fuse.mounted_at(self.dir)
-        if mount is not None:
-            fuse.abort(mount[3])
+        fuse.abort(self.dir)
 
     def cleanup(self):
         self.abort()
@@ -289,7 +287,7 @@ class Cluster:
         for pid in self.daemons():
             _kill(pid)
         for mount in fuse.mounts_below(self.home):
-            fuse.abort(mount[3])
+            fuse.abort(mount[0])
 
     def cleanup(self):
         """Ends all that lives; returns what the sanitizers found, as text."""

@@ -55,7 +55,7 @@ def ask(node, request):
 def strangers(*nodes):
     """How many p2pfs mounts this machine has besides the test's own."""
     own = {str(node.dir) for node in nodes}
-    return sum(kind == "fuse.p2pfs" and point not in own for point, kind, _, _ in fuse.mounts())
+    return sum(kind == "fuse.p2pfs" and point not in own for point, kind, *_ in fuse.mounts())
 
 
 @pytest.fixture
