@@ -49,11 +49,11 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = "the watchdog aborted the mounts: the test took longer than its limit"
     if report.failed:
-        for name, value in item.funcargs.items() if hasattr(item, "funcargs") else ():
-            if isinstance(value, Cluster):
-                for node in value.all:
-                    lines = node.log.splitlines()[-60:]
-                    report.sections.append((f"log of {name}'s node {node.name}", "\n".join(lines)))
+        make_cluster = getattr(item, "funcargs", {}).get("make_cluster")
+        for one in make_cluster.made if make_cluster else ():
+            for node in one.all:
+                lines = node.log.splitlines()[-60:]
+                report.sections.append((f"log of {node.dir}", "\n".join(lines)))
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def make_cluster(mounts, tmp_path):
         _watchdog.watch(one)
         return one
 
+    make.made = made
     yield make
     findings = []
     for one in made:

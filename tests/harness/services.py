@@ -178,12 +178,15 @@ class Etcd(Service):
         client = f"{self.scheme}://{self.host}:{self.port}"
         peer = self.peer()
         members = ",".join(f"{one.member}={one.peer()}" for one in self.cluster)
+        # alone it elects itself at once; members of a busy machine need patience with each other
+        heartbeat, election = (50, 500) if len(self.cluster) == 1 else (100, 1500)
         return [
             self.program, "--name", self.member, "--data-dir", str(self.data / "etcd"),
             "--listen-client-urls", client, "--advertise-client-urls", client,
             "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer,
             "--initial-cluster", members,
-            "--heartbeat-interval", "50", "--election-timeout", "500", *self.extra,
+            "--heartbeat-interval", str(heartbeat), "--election-timeout", str(election),
+            *self.extra,
         ]  # fmt: skip
 
     def url(self, prefix="p2pfs", port=None):
