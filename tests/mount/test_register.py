@@ -1,7 +1,6 @@
 """When a file becomes registered, and when it must not: the last close, killed writers, links to local files."""
 
 # ctest: timeout=600
-# ctest: buffered
 
 import errno
 import mmap

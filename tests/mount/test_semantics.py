@@ -1,7 +1,6 @@
 """What a name, an open file and a version mean, on one mount and between two."""
 
 # ctest: timeout=600
-# ctest: buffered
 
 import ctypes
 import errno

@@ -1,6 +1,7 @@
 """Complete files are read by the kernel alone (FUSE passthrough): who gets it, what stays of it, what ends it."""
 
 # ctest: timeout=300
+# ctest: label=passthrough
 
 import collections
 import ctypes
