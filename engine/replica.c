@@ -9,6 +9,7 @@
 
 #include "engine/cache.h"
 #include "engine/crowd.h"
+#include "engine/digest.h"
 #include "engine/draft.h"
 #include "engine/extents.h"
 #include "engine/lane.h"
@@ -357,6 +358,48 @@ void replica_refresh(struct replica *replica)
 
 /* ---- announcements ---- */
 
+static void sealed(void *arg, int status, const struct model_entry *entry)
+{
+    struct replica *replica = arg;
+    struct engine *engine = replica->engine;
+    (void)entry;
+    if (status == -EEXIST) {
+        log_warn(
+            "a version that %s registered has another digest than its bytes had when they were "
+            "pulled; what this node has of it is rejected by peers: evict it",
+            replica->version.origin_node);
+    }
+    pthread_mutex_lock(&replica->lock);
+    replica->rooting = status == -EEXIST; /* else it may be tried again: the service was away */
+    pthread_mutex_unlock(&replica->lock);
+    replica_put(replica);
+    core_release(engine);
+}
+
+void replica_seal(struct replica *replica)
+{
+    struct engine *engine = replica->engine;
+    uint8_t root[MODEL_DIGEST_MAX] = {0};
+    pthread_mutex_lock(&replica->lock);
+    bool due = replica->phase == REPLICA_LIVE && !replica->inplace && !replica->version.sealed &&
+               !replica->rooting && replica_complete(replica) && atomic_load(&replica->all_known) &&
+               core_hold_open(engine);
+    if (due) {
+        replica->rooting = true;
+        digest_root(replica->digest, replica->version.size, replica->version.shard_size,
+                    replica->digests, replica->shards, root);
+    }
+    pthread_mutex_unlock(&replica->lock);
+    if (!due) {
+        return;
+    }
+    replica_get(replica);
+    int status = catalog_seal(engine->config.catalog, &replica->version.id, root, sealed, replica);
+    if (status < 0) {
+        sealed(replica, status, NULL);
+    }
+}
+
 static void announced(void *arg, int status, const struct model_entry *entry)
 {
     struct replica *replica = arg;
@@ -382,6 +425,9 @@ void replica_announce(struct replica *replica)
         replica->announced = now;
     }
     pthread_mutex_unlock(&replica->lock);
+    if (now == REPLICA_ALL) {
+        replica_seal(replica);
+    }
     if (!news || !core_hold_open(engine)) {
         return;
     }

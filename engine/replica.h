@@ -80,6 +80,7 @@ struct replica {
     uint64_t pull_started_ns;
     _Atomic uint64_t progress_ns; /* something landed, or the first waiter came */
     enum replica_announced announced;
+    bool rooting;                  /* the root is on its way to the metadata (replica_seal) */
     struct spread *spread;         /* what is to come, in which order; NULL: no lane pulls */
     unsigned pulls;                /* lanes that do */
     struct neighbours *neighbours; /* whom to pull from; as long as spread */
@@ -134,6 +135,12 @@ int replica_digests_room(struct replica *replica); /* lock held; -ENOMEM */
 
 /* Takes over the root when the catalog has got it since. No lock held. */
 void replica_refresh(struct replica *replica);
+
+/* A version registered in place has no root before its registrar has digested all of it, and until then newcomers trust
+ * the registrar alone. Who holds every shard of it has the registrar's digest of each, so it can give the version its
+ * root just as well: newcomers must not be stranded when the registrar leaves first. Harmless when there is nothing to
+ * do. Any thread, no lock held. */
+void replica_seal(struct replica *replica);
 
 /* Announces to the cluster what this node holds now, if that is news. Any thread, no lock held. */
 void replica_announce(struct replica *replica);

@@ -117,6 +117,7 @@ void follow_attach(struct session *s, const struct wire_message *message)
         return;
     }
     follow_refer(s, follow);
+    replica_seal(replica);
     /* Who pulls a version from us while we pull it too may have what we lack. */
     if (!complete && neighbours_hear(replica, s->node, s->boot, true)) {
         pull_neighbours_changed(replica);

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+#include <utlist.h>
 
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -44,12 +45,30 @@ void hold_forget(struct catalog *c, struct held *held)
     }
 }
 
+/* The serving catalogs of this process. Its own id says nothing of who left a node record, since the first process of a
+ * container always has the same one; the record's boot does. */
+static struct catalog *serving;
+static pthread_mutex_t serving_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static bool hold_is_ours(uint64_t boot)
+{
+    const struct catalog *c;
+    pthread_mutex_lock(&serving_lock);
+    LL_SEARCH_SCALAR(serving, c, self.boot, boot);
+    pthread_mutex_unlock(&serving_lock);
+    return c != NULL;
+}
+
 void hold_clear(struct catalog *c)
 {
     struct held *held;
     struct held *next;
     HASH_ITER(hh, c->held, held, next)
         hold_forget(c, held);
+    pthread_mutex_lock(&serving_lock);
+    if (c->serving)
+        LL_DELETE(serving, c);
+    pthread_mutex_unlock(&serving_lock);
 }
 
 void hold_plan_put(struct catalog *c, struct plan *plan, const struct model_id *id, bool complete)
@@ -371,7 +390,7 @@ static int hold_local_process(const struct catalog *c, const struct model_node *
     if (kill(node->pid, 0) < 0 && errno == ESRCH)
         return 0;
     if (node->pid == getpid())
-        return -1; /* the first process of a container always has the same id */
+        return hold_is_ours(node->boot) ? 1 : -1;
     snprintf(path, sizeof(path), "/proc/%d/comm", (int)node->pid);
     FILE *file = fopen(path, "re");
     if (file && !fgets(theirs, sizeof(theirs), file))
@@ -426,7 +445,11 @@ void hold_withdrawn(struct catalog *c, const struct change *change)
 void hold_served(struct catalog *c, const struct change *change)
 {
     (void)change;
+    pthread_mutex_lock(&serving_lock);
+    if (!c->serving)
+        LL_PREPEND(serving, c);
     c->serving = true;
+    pthread_mutex_unlock(&serving_lock);
     c->node_stored = true;
 }
 

@@ -134,9 +134,10 @@ struct catalog {
 
     uint64_t lease; /* 0: none */
     uint64_t renew_ms;
-    bool serving;     /* wants a node record */
+    bool serving;     /* wants a node record; then among those of the process, by `next` */
     bool node_stored; /* has it */
     bool name_lost;   /* another node took our name, and it was logged */
+    struct catalog *next;
     struct held *held;
     bool held_open; /* some held.stored != held.wanted */
 

@@ -49,7 +49,7 @@ static void lent_right(const struct lent *lent)
     }
 }
 
-static void offer(struct node *node, const char *name)
+static void offer_undigested(struct node *node, const char *name)
 {
     struct catalog_sync sync = {0};
     cut(&from);
@@ -60,6 +60,11 @@ static void offer(struct node *node, const char *name)
                                          catalog_sync_done, &sync),
                      0);
     assert_int_equal(catalog_sync_wait(&sync), 0);
+}
+
+static void offer(struct node *node, const char *name)
+{
+    offer_undigested(node, name);
     engine_lent_published(node->engine, from.replica);
 }
 
@@ -102,6 +107,22 @@ static void shards_cross_ranges_on_their_way(void **state)
     give_back(B, &to);
     give_back(C, &third);
     assert_int_equal(atomic_load(&to.released), 1);
+}
+
+static void a_complete_holder_vouches_for_what_its_registrar_left_undigested(void **state)
+{
+    up(3);
+    offer_undigested(A, "f");
+    assert_false(info(B, "f").sealed);
+    assert_int_equal(take(B, "f", &to), 0);
+    give_back(A, &from);
+    node_down(
+        A); /* of all that it registered, it has told the digests that B asked for, and no root */
+    assert_int_equal(take(C, "f", &third), 0);
+    lent_right(&third);
+    assert_true(info(C, "f").sealed);
+    give_back(B, &to);
+    give_back(C, &third);
 }
 
 static void a_file_is_read_of_lent_memory_and_lent_memory_filled_from_a_file(void **state)
@@ -161,6 +182,7 @@ static void memory_comes_back_in_the_middle_of_a_pull(void **state)
 
 static const struct CMUnitTest stories[] = {
     story(shards_cross_ranges_on_their_way),
+    story(a_complete_holder_vouches_for_what_its_registrar_left_undigested),
     story(a_file_is_read_of_lent_memory_and_lent_memory_filled_from_a_file),
     story(what_breaks_on_its_way_is_fetched_again),
     story(memory_comes_back_in_the_middle_of_a_pull),

@@ -521,6 +521,9 @@ static void options_are_refused_by_name(void **state)
     struct p2pstore *store;
     assert_int_equal(p2pstore_open(NULL, "C", NULL, &store), -EINVAL);
     assert_int_equal(p2pstore_open(url, "a b", NULL, &store), -EINVAL);
+    assert_int_equal(p2pstore_open(url, "A", (const char *[]){"listen=127.0.0.1:0", NULL}, &store),
+                     -EEXIST);
+    assert_non_null(strstr(p2pstore_error(), "name A is in use"));
     assert_true(p2pstore_open("pigeon://x", "C", NULL, &store) < 0);
     assert_true(p2pstore_open("127.0.0.1:1", "C", NULL, &store) < 0);
     assert_non_null(strstr(p2pstore_error(), "127.0.0.1:1")); /* as an etcd's address */

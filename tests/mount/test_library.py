@@ -15,7 +15,7 @@ import pytest
 from harness import env
 from harness.data import pattern
 from harness.node import free_port
-from harness.services import Etcd, Redis
+from harness.services import Etcd, Http, Redis
 from harness.wait import eventually
 
 BUILD = env.BINARY.parents[1]
@@ -151,14 +151,14 @@ def example(cmd, url, *more, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["etcd", "redis", "local"])
+@pytest.mark.parametrize("kind", ["etcd", "redis", "http", "local"])
 def test_the_steps_of_the_documents_work(tmp_path, kind):
     service = None
     if kind == "local":
         (tmp_path / "meta").mkdir()
         url = f"local://{tmp_path}/meta"
     else:
-        service = {"etcd": Etcd, "redis": Redis}[kind](tmp_path / kind)
+        service = {"etcd": Etcd, "redis": Redis, "http": Http}[kind](tmp_path / kind)
         service.start()
         url = f"127.0.0.1:{service.port}" if kind == "etcd" else service.url()
     try:

@@ -104,16 +104,42 @@ static void a_name_in_use_by_a_live_process_is_refused_at_once(void **state)
     kill_now(child);
 }
 
+static struct catalog *opened(const char *name, const char *host, uint32_t lease_ms)
+{
+    struct catalog *catalog;
+    struct catalog_config config = {.url = kit_url, .lease_ms = lease_ms};
+    snprintf(config.self.name, sizeof(config.self.name), "%s", name);
+    snprintf(config.self.host, sizeof(config.self.host), "%s", host);
+    assert_int_equal(catalog_open(&config, &catalog, NULL), 0);
+    return catalog;
+}
+
+static void a_name_in_use_in_this_process_is_refused_at_once(void **state)
+{
+    struct catalog *first = opened("twin", "", 60000);
+    struct catalog *second = opened("twin", "", 60000);
+    uint64_t start = util_now_ms();
+    assert_int_equal(catalog_serve(first, "127.0.0.1:1", NULL), 0);
+    assert_int_equal(catalog_serve(second, "127.0.0.1:2", NULL), -EEXIST);
+    assert_true(util_now_ms() - start < 30000); /* the lease is not waited for */
+    catalog_close(first);
+    assert_int_equal(catalog_serve(second, "127.0.0.1:2", NULL), 0);
+    catalog_close(second);
+}
+
 static void a_name_in_use_that_may_be_dead_is_refused_after_a_lease(void **state)
 {
     struct kit_node *second;
     char *error;
+    struct catalog *far = opened("far", "another machine", KIT_LEASE_MS);
+    assert_int_equal(catalog_serve(far, "127.0.0.1:1", NULL), 0);
     uint64_t start = util_now_ms();
-    assert_int_equal(serve_as("a", &second, &error), -EEXIST); /* "a" is of this very process */
+    assert_int_equal(serve_as("far", &second, &error), -EEXIST);
     assert_true(util_now_ms() - start >= KIT_LEASE_MS);
     free(error);
     kit_close(second);
-    assert_false(kit_told(b, "down:a"));
+    assert_false(kit_told(b, "down:far"));
+    catalog_close(far);
 }
 
 static void the_name_of_a_dead_process_is_taken_over_at_once(void **state)
@@ -367,6 +393,7 @@ int main(int argc, char **argv)
         KIT_STORY(a_node_that_never_serves_is_not_listed),
         KIT_STORY(bad_node_names_are_refused),
         KIT_STORY(a_name_in_use_by_a_live_process_is_refused_at_once),
+        KIT_STORY(a_name_in_use_in_this_process_is_refused_at_once),
         KIT_STORY(a_name_in_use_that_may_be_dead_is_refused_after_a_lease),
         KIT_STORY(the_name_of_a_dead_process_is_taken_over_at_once),
         KIT_STORY(a_killed_node_is_gone_within_its_lease),
