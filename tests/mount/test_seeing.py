@@ -1,4 +1,5 @@
 # ctest: timeout=400
+# ctest: jobs=3
 """What can be seen of a mount while it works: metrics, peers, why, top; and the limits of its rates."""
 
 import json
