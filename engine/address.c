@@ -75,6 +75,24 @@ int address_defaults(char **listen_at, char **node, bool local)
     return *node == NULL ? name_after_port(listen_at, node) : 0;
 }
 
+int address_of_node(char **node, bool local, char **listen_at, char **advertise)
+{
+    if (!*node || *listen_at || !address_valid(*node, false))
+        return address_defaults(listen_at, node, local);
+    bool loopback = local || strncmp(*node, "127.", 4) == 0 ||
+                    strncmp(*node, "localhost:", 10) == 0 || strncmp(*node, "[::1]", 5) == 0;
+    const char *host = (*node)[0] == '[' ? loopback ? "[::1]" : "[::]"
+                       : loopback        ? "127.0.0.1"
+                                         : "0.0.0.0";
+    if (asprintf(listen_at, "%s%s", host, strrchr(*node, ':')) < 0) {
+        *listen_at = NULL;
+        return -ENOMEM;
+    }
+    if (!*advertise && !local && !(*advertise = strdup(*node)))
+        return -ENOMEM;
+    return 0;
+}
+
 /* The first address of an interface that is up and no loopback; IPv4 before IPv6. */
 static bool own_address(char *out, size_t size)
 {

@@ -10,6 +10,9 @@
  * gets a port now, so that its name is known before it listens. local: everybody is on this
  * machine. 0, or negative errno. */
 int address_defaults(char **listen_at, char **node, bool local);
+/* The same, and *advertise, for a node that may be called HOST:PORT: it listens there, on that host's own address when
+ * that is loopback, else on every one. */
+int address_of_node(char **node, bool local, char **listen_at, char **advertise);
 /* What peers are told: `advertise`, or when that is NULL where the engine listens; for "any
  * address", one of this machine's. */
 int address_advertised(const char *advertise, const char *bound, char out[MODEL_ADDRESS_MAX + 1]);

@@ -19,9 +19,10 @@ struct extent {
 };
 
 struct extents {
-    pthread_mutex_t lock; /* guards users and ended */
+    pthread_mutex_t lock; /* guards users, ended and freed */
     unsigned users;
     bool ended;
+    bool freed; /* nobody but its users knows of it any more */
     void (*released)(void *arg);
     void *arg;
     uint64_t size;
@@ -75,12 +76,24 @@ int extents_new(const struct engine_range *ranges, size_t count, void (*released
     return 0;
 }
 
+static void destroy(struct extents *extents)
+{
+    pthread_mutex_destroy(&extents->lock);
+    free(extents->sorted);
+    free(extents);
+}
+
 void extents_free(struct extents *extents)
 {
-    if (extents) {
-        pthread_mutex_destroy(&extents->lock);
-        free(extents->sorted);
-        free(extents);
+    if (!extents) {
+        return;
+    }
+    pthread_mutex_lock(&extents->lock);
+    extents->freed = extents->ended && extents->users > 0;
+    bool now = !extents->freed;
+    pthread_mutex_unlock(&extents->lock);
+    if (now) {
+        destroy(extents);
     }
 }
 
@@ -104,7 +117,11 @@ void extents_leave(struct extents *extents)
     void *arg = extents->arg;
     pthread_mutex_lock(&extents->lock);
     bool last = --extents->users == 0;
+    bool freed = last && extents->freed;
     pthread_mutex_unlock(&extents->lock);
+    if (freed) {
+        destroy(extents);
+    }
     if (last && released) {
         released(arg);
     }

@@ -18,7 +18,8 @@ struct extents;
 /* Copies the list; the owner has entered. -ENOMEM. */
 int extents_new(const struct engine_range *ranges, size_t count, void (*released)(void *arg),
                 void *arg, struct extents **extents);
-void extents_free(struct extents *extents); /* NULL is harmless; never calls released */
+/* Once it has ended, its users may still leave it afterwards; never calls released itself. NULL is harmless. */
+void extents_free(struct extents *extents);
 uint64_t extents_size(const struct extents *extents);
 
 bool extents_enter(struct extents *extents); /* false: it has ended */

@@ -105,6 +105,7 @@ static struct fill *fill_new(struct source *source, uint32_t shard, bool urgent,
     fill->request.fetch.pieces = fill->place.pieces;
     fill->request.fetch.piece_count = fill->place.piece_count;
     fill->request.fetch.length = length;
+    fill->request.fetch.lent = apart || fill->place.bounce ? NULL : replica->extents;
     if (status == 0) {
         status = digest_shard_begin(&fill->hash, replica->digest, destination, length);
     }

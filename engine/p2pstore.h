@@ -69,7 +69,9 @@ P2PSTORE_API const char *p2pstore_error(void);
  * options: strings "key=value", NULL behind the last; or NULL:
  *   listen=ADDR:PORT       where peers connect
  *   advertise=ADDR[:PORT]  the address that peers are told
- *   transport=auto|tcp|rdma
+ *   transport=auto|tcp|rdma    auto: RDMA with peers that both ends reach over it, else TCP; rdma: the same, and opening
+ *                          fails where this machine has no RDMA
+ *   require_rdma           no byte moves over TCP
  *   device=NAME[,NAME]     RDMA devices
  *   nic_priority_matrix=JSON   which device for which location: {"cpu:0": [["mlx5_0"], ["mlx5_1"]], ...}
  *   credentials=FILE       user and password for the metadata service
@@ -80,11 +82,12 @@ P2PSTORE_API const char *p2pstore_error(void);
  *   orphan_ttl=SECONDS     a name that nobody holds goes after this (3600; 0: never)
  *   allow_overwrite        a registration may replace a name that exists
  *   log_level=error|warn|info|debug   what goes to standard error (warn); for the whole process
- * The library moves bytes over TCP: device= and nic_priority_matrix= are accepted and not used, and transport=rdma is
- * refused.
+ * listen= chooses the RDMA device, by its address: device= and nic_priority_matrix= are accepted and not used. Over RDMA
+ * the device reads and writes ranges in place. Each shard is known to it, and locked in memory, only while it is on its
+ * way, so RLIMIT_MEMLOCK must allow for some shards ("ulimit -l unlimited").
  * Blocks until the metadata service has answered, or has not (about 10 s); a node of this name that died without
  * closing is waited for (10 s), on another machine. The library starts about twelve threads.
- * -EINVAL: a bad argument or option; -EOPNOTSUPP: transport=rdma; -EEXIST: a live node has this name;
+ * -EINVAL: a bad argument or option; -EOPNOTSUPP, -ENODEV, -EADDRNOTAVAIL: RDMA is demanded and not here; -EEXIST: a live node has this name;
  * -EADDRINUSE, -EADDRNOTAVAIL: listen=; -EACCES: credentials; else why the metadata service could not be reached. */
 P2PSTORE_API int p2pstore_open(const char *metadata, const char *node, const char *const *options,
                                struct p2pstore **store);
@@ -109,7 +112,7 @@ P2PSTORE_API int p2pstore_close(struct p2pstore *store);
  *   multiple of 4096, and to 1 GiB.
  * location: the device that the memory belongs to ("cpu:0"), matched with nic_priority_matrix; NULL or "*": any.
  * -EINVAL: also ranges that overlap each other, and a shard size that would make more than 524,160 shards; -EFAULT: a
- * range is not readable memory; -EOPNOTSUPP: the location is a GPU's, which TCP cannot read; -EEXIST: the name is
+ * range is not readable memory; -EOPNOTSUPP: the location is a GPU's, whose memory is not read; -EEXIST: the name is
  * registered, here or elsewhere; -EBUSY: another call works on the name in this store, or the ranges overlap those of a
  * pull in this store; -ENOTDIR, -EISDIR: the name runs through a file, or is a directory; -EFBIG: more than 32 TiB;
  * else why the metadata service did not take it. */

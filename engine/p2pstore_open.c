@@ -45,6 +45,7 @@ struct settings {
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     bool overwrite;
+    bool require_rdma;
 };
 
 static void settings_clear(struct settings *s)
@@ -132,6 +133,10 @@ static int option_set(struct settings *s, const char *option)
         s->overwrite = true;
         return 0;
     }
+    if (strcmp(option, "require_rdma") == 0) {
+        s->require_rdma = true;
+        return 0;
+    }
     if (strncmp(option, "digest=", 7) == 0) {
         status = digest_set(&s->digest, value);
     } else if (strncmp(option, "read_timeout=", 13) == 0) {
@@ -145,6 +150,15 @@ static int option_set(struct settings *s, const char *option)
     return status < 0
                ? store_fail(-EINVAL, "%s: not a value of this option; see p2pstore.h", option)
                : 0;
+}
+
+static enum engine_rdma rdma_wanted(const struct settings *s)
+{
+    const char *transport = s->transport ? s->transport : "auto";
+    return s->require_rdma                  ? ENGINE_RDMA_ONLY
+           : strcmp(transport, "rdma") == 0 ? ENGINE_RDMA_ON
+           : strcmp(transport, "auto") == 0 ? ENGINE_RDMA_AUTO
+                                            : ENGINE_RDMA_OFF;
 }
 
 /* What was said, on its own. */
@@ -172,41 +186,14 @@ static int settings_check(const struct settings *s)
                      "[\"mlx5_1\"]]}");
     }
     const char *transport = s->transport ? s->transport : "auto";
-    if (strcmp(transport, "rdma") == 0) {
-        return store_fail(
-            -EOPNOTSUPP,
-            "transport=rdma: the library does not use RDMA; use transport=tcp, or auto");
-    }
-    if (strcmp(transport, "auto") != 0 && strcmp(transport, "tcp") != 0) {
+    if (strcmp(transport, "auto") != 0 && strcmp(transport, "tcp") != 0 &&
+        strcmp(transport, "rdma") != 0) {
         return store_fail(-EINVAL, "transport=%s: use auto, tcp or rdma", transport);
     }
-    if (s->device || s->nic_priority_matrix) {
-        log_warn("device= and nic_priority_matrix= are for RDMA, and the library uses TCP");
+    if (s->require_rdma && strcmp(transport, "tcp") == 0) {
+        return store_fail(-EINVAL, "transport=tcp and require_rdma exclude each other");
     }
     return 0;
-}
-
-/* A node called HOST:PORT listens there: on that host's own address when that is loopback, else on every one. */
-static int settings_address(struct settings *s, bool local)
-{
-    if (s->node && !s->listen && address_valid(s->node, false)) {
-        const char *colon = strrchr(s->node, ':');
-        bool loopback = local || strncmp(s->node, "127.", 4) == 0 ||
-                        strncmp(s->node, "localhost:", 10) == 0 ||
-                        strncmp(s->node, "[::1]", 5) == 0;
-        const char *host = s->node[0] == '[' ? loopback ? "[::1]" : "[::]"
-                           : loopback        ? "127.0.0.1"
-                                             : "0.0.0.0";
-        if (asprintf(&s->listen, "%s%s", host, colon) < 0) {
-            s->listen = NULL;
-            return store_fail(-ENOMEM, "out of memory");
-        }
-        if (!s->advertise && !local && text_set(&s->advertise, s->node) < 0) {
-            return -ENOMEM;
-        }
-    }
-    int status = address_defaults(&s->listen, &s->node, local);
-    return status < 0 ? store_fail(status, "listen: %s", strerror(-status)) : 0;
 }
 
 static int settings_make(struct settings *s, const char *metadata, const char *node,
@@ -229,7 +216,13 @@ static int settings_make(struct settings *s, const char *metadata, const char *n
         status = settings_check(s);
     }
     const struct meta_ops *backend = meta_backend(s->url);
-    return status < 0 ? status : settings_address(s, backend && backend->single_machine);
+    bool local = backend && backend->single_machine &&
+                 rdma_wanted(s) < ENGINE_RDMA_ON; /* no device is at 127.0.0.1 */
+    if (status == 0) {
+        status = address_of_node(&s->node, local, &s->listen, &s->advertise);
+        status = status < 0 ? store_fail(status, "listen: %s", strerror(-status)) : 0;
+    }
+    return status;
 }
 
 /* ---- events of the catalog, for the engine while it lives ---- */
@@ -329,6 +322,7 @@ static int node_open(struct p2pstore *store, const struct settings *s)
                                    .boot = boot,
                                    .listen = s->listen,
                                    .transport = "tcp",
+                                   .rdma = rdma_wanted(s),
                                    .congestion = s->tcp_congestion,
                                    .digest = s->digest,
                                    .fetch_whole = true,
@@ -341,7 +335,12 @@ static int node_open(struct p2pstore *store, const struct settings *s)
     }
     gate_set(store, store->engine);
     char address[MODEL_ADDRESS_MAX + 1];
+    char rdma[MODEL_ADDRESS_MAX + 1] = "";
     status = address_advertised(s->advertise, engine_address(store->engine), address);
+    if (status == 0 && engine_rdma_address(store->engine)[0]) {
+        status = address_advertised(s->advertise, engine_rdma_address(store->engine), rdma);
+    }
+    catalog_rdma_set(store->catalog, rdma);
     if (status == 0) {
         status = catalog_serve(store->catalog, address, &why);
     }

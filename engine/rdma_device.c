@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "engine/extents.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -17,6 +18,9 @@ static struct rdma_device *devices; /* only ever grows */
 
 static int device_open(struct ibv_context *verbs, struct rdma_device **out)
 {
+    // a program may fork: what is registered must stay its own, which kernels before 5.12 do not see to
+    if (!devices)
+        (void)ibv_fork_init();
     struct rdma_device *device = calloc(1, sizeof(*device));
     if (!device)
         return -ENOMEM;
@@ -93,25 +97,32 @@ int rdma_memory_register(struct rdma_device *device, void *address, size_t lengt
 struct retirement {
     struct work_job job;
     struct ibv_mr *region;
+    struct extents *lent;
 };
+
+static void retire(struct ibv_mr *region, struct extents *lent)
+{
+    if (region)
+        ibv_dereg_mr(region);
+    if (lent)
+        extents_leave(lent);
+}
 
 static void retire_run(struct work_job *job)
 {
     struct retirement *retirement = util_container(job, struct retirement, job);
-    ibv_dereg_mr(retirement->region);
+    retire(retirement->region, retirement->lent);
     free(retirement);
 }
 
-void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region)
+void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region, struct extents *lent)
 {
-    if (!region)
-        return;
-    struct retirement *retirement = malloc(sizeof(*retirement));
+    struct retirement *retirement = region ? malloc(sizeof(*retirement)) : NULL;
     if (!retirement) {
-        ibv_dereg_mr(region);
+        retire(region, lent);
         return;
     }
-    *retirement = (struct retirement){.job.run = retire_run, .region = region};
+    *retirement = (struct retirement){.job.run = retire_run, .region = region, .lent = lent};
     work_post(device->work, &retirement->job);
 }
 

@@ -10,6 +10,8 @@
 #include "engine/mailbox.h"
 #include "engine/work.h"
 
+struct extents;
+
 struct rdma_device {
     struct ibv_context *verbs;
     struct ibv_pd *pd;
@@ -25,8 +27,8 @@ int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device);
  * memory; another negative errno. */
 int rdma_memory_register(struct rdma_device *device, void *address, size_t length, int access,
                          struct ibv_mr **region);
-/* Deregisters on a thread of the device, later. NULL is harmless. */
-void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region);
+/* Deregisters on a thread of the device, later, and then leaves `lent`. Both may be NULL. */
+void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region, struct extents *lent);
 
 /* Registers for local writing on a thread of the device; `item` is then posted to the mailbox. Owned by the caller
  * until then, but for the region, which whoever runs the item takes. */

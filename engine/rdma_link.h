@@ -60,6 +60,7 @@ struct rdma_pull {
     bool over; /* cancelled or failed: no more READs */
     int error;
     struct ibv_mr *region; /* NULL: is being registered */
+    struct extents *lent;  /* entered, to be left when the region is deregistered; NULL: none */
     size_t asked;          /* bytes that READs were posted for */
     size_t landed;      /* bytes whose READs are complete; fetch->landed follows when it is told */
     unsigned under_way; /* READs */

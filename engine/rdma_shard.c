@@ -5,6 +5,7 @@
 #include <unistd.h>
 #include <utlist.h>
 
+#include "engine/extents.h"
 #include "engine/rdma_link.h"
 #include "meta/base/buf.h"
 #include "meta/base/util.h"
@@ -111,7 +112,7 @@ static struct transport_fetch *pull_end(struct rdma_link *link, struct rdma_pull
 {
     struct transport_fetch *fetch = pull->fetch;
     DL_DELETE(link->pulls, pull);
-    rdma_memory_retire(link->device, pull->region);
+    rdma_memory_retire(link->device, pull->region, pull->lent);
     free(pull);
     fetch->link = NULL;
     fetch->state = NULL;
@@ -122,6 +123,7 @@ struct pull_registration {
     struct rdma_registration registration;
     uint64_t link;
     uint64_t pull;
+    struct extents *lent;
 };
 
 static void pull_registered(struct mailbox_item *item, void *arg)
@@ -137,11 +139,12 @@ static void pull_registered(struct mailbox_item *item, void *arg)
         DL_SEARCH_SCALAR(link->pulls, pull, serial, mine->pull);
     if (pull) {
         pull->region = r->region;
+        pull->lent = mine->lent;
         pull->error = r->error;
         pull->over = r->error < 0;
         rdma_link_mark(link);
     } else {
-        rdma_memory_retire(r->device, r->region);
+        rdma_memory_retire(r->device, r->region, mine->lent);
     }
     free(mine);
 }
@@ -152,6 +155,11 @@ static int pull_register(struct rdma_link *link, struct rdma_pull *pull)
     struct pull_registration *mine = calloc(1, sizeof(*mine));
     if (!mine)
         return -ENOMEM;
+    mine->lent = pull->fetch->lent;
+    if (mine->lent && !extents_enter(mine->lent)) {
+        free(mine);
+        return -ECANCELED; // the program takes it back
+    }
     mine->link = link->number;
     mine->pull = pull->serial;
     mine->registration = (struct rdma_registration){.item.run = pull_registered,

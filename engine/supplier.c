@@ -194,7 +194,8 @@ static void link_end(struct supplier *s, int error)
 static void link_fail(struct supplier *s, int error, const char *reason)
 {
     uint64_t now = loop_now_ns(s->lane->loop);
-    if (supplier_by_rdma(s) && fast_at_fault(error, s->link_bytes > 0)) {
+    /* A link that nobody needs any more may end as it likes. */
+    if (s->attachments && supplier_by_rdma(s) && fast_at_fault(error, s->link_bytes > 0)) {
         peer_rdma_failed(s->peer, reason);
         atomic_fetch_add(&s->lane->engine->counters.rdma_failures, 1);
         if (s->lane->engine->config.rdma != ENGINE_RDMA_ONLY) {
@@ -207,7 +208,6 @@ static void link_fail(struct supplier *s, int error, const char *reason)
     uint32_t wait = spread_backoff_ms(s->failures, SUPPLIER_BACKOFF_FIRST_MS,
                                       SUPPLIER_BACKOFF_LAST_MS, util_random_u64());
     s->retry_ns = now + wait * 1000000ull;
-    /* A link that nobody needs any more may end as it likes. */
     log_say(s->attachments ? LOG_INFO : LOG_DEBUG, "peer %s at %s: %s; trying again in %u ms",
             s->node.name, s->node.address, reason, wait);
     link_end(s, error);

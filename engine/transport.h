@@ -26,6 +26,7 @@
 
 struct transport;
 struct link;
+struct extents;
 
 /* What may be read: bytes of an open file (sendfile) that are also mapped at `map` (or map is NULL: not mapped); or, with
  * fd -1, memory that is no file's: at `map`, or, where the transport is `scattered`, in `pieces`, which last until
@@ -55,7 +56,10 @@ struct transport_fetch {
     size_t piece_count;
     size_t length;
     uint32_t id;
-    bool urgent;       /* goes before others where a limit makes them wait */
+    bool urgent; /* goes before others where a limit makes them wait */
+    /* The destination is a program's memory, which the transport has entered (extents.h) for as long as a device knows
+     * of it, also when that ends after fetch_done or cancel; NULL: it is the caller's own. */
+    struct extents *lent;
     size_t landed;     /* bytes that have arrived as a prefix without gaps */
     struct link *link; /* the rest is the transport's */
     struct transport_fetch *next;

@@ -21,7 +21,7 @@ int cmd_usage(const struct cmd *cmd, const char *problem)
 
 /* In the order in which help shows them. */
 const struct cmd *const cmd_table[] = {
-    &cmd_ls,       &cmd_info,       &cmd_status, &cmd_top,     &cmd_peers, &cmd_why,
-    &cmd_register, &cmd_unregister, &cmd_pull,   &cmd_wait,    &cmd_evict, &cmd_pin,
-    &cmd_unpin,    &cmd_limit,      &cmd_doctor, &cmd_version, &cmd_help,  NULL,
+    &cmd_ls,         &cmd_info,   &cmd_status,  &cmd_top,   &cmd_peers, &cmd_why,   &cmd_register,
+    &cmd_unregister, &cmd_pull,   &cmd_wait,    &cmd_evict, &cmd_pin,   &cmd_unpin, &cmd_limit,
+    &cmd_bench,      &cmd_doctor, &cmd_version, &cmd_help,  NULL,
 };

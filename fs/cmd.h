@@ -32,8 +32,8 @@ int cmd_ask(const char *root, const char *request, char **answer);
 /* The same, but an answer that is not ok is the caller's to judge: 0. Prints a line when the mount does not answer. */
 int cmd_exchange(const char *root, const char *request, char **answer, size_t *length);
 
-extern const struct cmd cmd_doctor, cmd_evict, cmd_help, cmd_info, cmd_limit, cmd_ls, cmd_peers,
-    cmd_pin, cmd_pull, cmd_register, cmd_status, cmd_top, cmd_unpin, cmd_unregister, cmd_version,
-    cmd_wait, cmd_why;
+extern const struct cmd cmd_bench, cmd_doctor, cmd_evict, cmd_help, cmd_info, cmd_limit, cmd_ls,
+    cmd_peers, cmd_pin, cmd_pull, cmd_register, cmd_status, cmd_top, cmd_unpin, cmd_unregister,
+    cmd_version, cmd_wait, cmd_why;
 
 #endif
