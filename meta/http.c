@@ -269,6 +269,33 @@ int http_send(struct http *http, const struct http_request *request, struct http
                         &sent);
 }
 
+int http_rpc(struct http *http, const char *url, const char *authorization, const void *body,
+             size_t length, long timeout_ms, struct http_reply *reply, long *status)
+{
+    struct curl_slist *headers = NULL;
+    struct curl_header *said;
+    bool sent;
+    *reply = (struct http_reply){0};
+    *status = -1;
+    if (http_header_add(&headers, "Content-Type: application/grpc") < 0 ||
+        http_header_add(&headers, "TE: trailers") < 0 ||
+        http_field_add(&headers, "Authorization", authorization) < 0) {
+        http_headers_free(&headers);
+        return -ENOMEM;
+    }
+    curl_easy_setopt(http->easy, CURLOPT_HTTP_VERSION, (long)CURL_HTTP_VERSION_2_PRIOR_KNOWLEDGE);
+    /* libcurl 7.88 cannot use such a connection a second time: "Error in the HTTP2 framing layer" */
+    curl_easy_setopt(http->easy, CURLOPT_FRESH_CONNECT, 1L);
+    curl_easy_setopt(http->easy, CURLOPT_FORBID_REUSE, 1L);
+    curl_easy_setopt(http->easy, CURLOPT_POSTFIELDSIZE_LARGE, (curl_off_t)length);
+    curl_easy_setopt(http->easy, CURLOPT_POSTFIELDS, body);
+    int rc = http_perform(http, url, headers, 0, timeout_ms, reply, &sent);
+    if (rc == 0 && curl_easy_header(http->easy, "grpc-status", 0, CURLH_HEADER | CURLH_TRAILER, -1,
+                                    &said) == CURLHE_OK)
+        *status = strtol(said->value, NULL, 10);
+    return rc;
+}
+
 /* ---- streams ---- */
 
 int http_stream_open(struct http *http, const char *url, const char *authorization,

@@ -42,6 +42,11 @@ struct http_request {
 /* As http_post; one http is used either for this or for posts. -EINVAL: malformed URL. */
 int http_send(struct http *http, const struct http_request *request, struct http_reply *reply);
 
+/* One call of a gRPC service, over HTTP/2: `body` and the answer are messages in gRPC's frames. 0 also for a call that
+ * failed: *status is what gRPC says of it, -1: nothing. As http_post; one http is used either for this or for those. */
+int http_rpc(struct http *http, const char *url, const char *authorization, const void *body,
+             size_t length, long timeout_ms, struct http_reply *reply, long *status);
+
 /* A POST whose answer comes line by line for as long as it is kept open. */
 int http_stream_open(struct http *http, const char *url, const char *authorization,
                      const char *body, struct http_stream **stream);

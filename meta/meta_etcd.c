@@ -6,17 +6,12 @@
  * it was, as a cluster that was emptied and made again has the same id. */
 #include <ctype.h>
 #include <errno.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "meta/base/util.h"
 #include "meta/meta_etcd_call.h"
-
-/* Keys of one page of a listing. etcd looks at all that follow for each page, so there should be few; and two of them are
- * in memory while they are read. */
-#define ETCD_PAGE 20000
 
 #define ETCD_EPOCH      "epoch"
 #define ETCD_GRACE_MS   150  /* how long a change that is known to be there may take to come */
@@ -59,12 +54,6 @@ static void etcd_write_add(const struct etcd *s, cJSON *list, const struct meta_
         if (from->lease != 0)
             etcd_put_number(request, "lease", from->lease);
     }
-}
-
-/* The revision that an answer was made at. */
-static uint64_t etcd_revision_of(const cJSON *answer)
-{
-    return etcd_get_number(cJSON_GetObjectItemCaseSensitive(answer, "header"), "revision");
 }
 
 static int etcd_txn(struct meta_store *store, struct meta_txn *txn)
@@ -140,8 +129,7 @@ static int etcd_lease_revoke(struct meta_store *store, uint64_t lease)
 
 /* ---- whose data it is ---- */
 
-/* The epoch that stands there; with `make`, ours is written when there is none. "": none. */
-static int etcd_epoch_get(struct etcd *s, bool make, char epoch[33])
+int etcd_epoch_get(struct etcd *s, bool make, char epoch[33])
 {
     cJSON *answer;
     char fresh[33];
@@ -177,154 +165,6 @@ static int etcd_epoch_get(struct etcd *s, bool make, char epoch[33])
     }
     cJSON_Delete(answer);
     return rc;
-}
-
-/* ---- listing ---- */
-
-/* One page: the keys behind `after` at a revision. The next one is fetched, by a thread of its own, while this one is
- * told: the service and this process take about as long. */
-struct etcd_page {
-    struct etcd *s;
-    const char *prefix;
-    char *after;       /* a whole key; NULL: from the first */
-    uint64_t revision; /* 0: now */
-    cJSON *answer;
-    int rc;
-};
-
-static void *etcd_page_fetch(void *arg)
-{
-    struct etcd_page *page = arg;
-    cJSON *request = cJSON_CreateObject();
-    etcd_put_range(page->s, request, page->prefix);
-    if (page->after) {
-        cJSON_DeleteItemFromObjectCaseSensitive(request, "key");
-        etcd_put_after(request, page->after);
-    }
-    etcd_put_number(request, "limit", ETCD_PAGE);
-    if (page->revision != 0)
-        etcd_put_number(request, "revision", page->revision);
-    page->s->deadline_ms = util_now_ms() + META_DEADLINE_MS; /* each page is an answer */
-    page->rc = etcd_call(page->s, "/v3/kv/range", request, true, &page->answer);
-    return NULL;
-}
-
-/* The page behind this one; true: there is one. */
-static bool etcd_page_next(const struct etcd_page *page, struct etcd_page *next)
-{
-    *next = (struct etcd_page){.s = page->s, .prefix = page->prefix, .revision = page->revision};
-    if (!cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(page->answer, "more")))
-        return false;
-    const cJSON *kvs = cJSON_GetObjectItemCaseSensitive(page->answer, "kvs");
-    cJSON *last = cJSON_Duplicate(cJSON_GetArrayItem(kvs, cJSON_GetArraySize(kvs) - 1), true);
-    const char *key = etcd_get_bytes(last, "key"); /* decodes in place, hence the copy */
-    next->after = key ? strdup(key) : NULL;
-    next->rc = next->after ? 0 : -EBADMSG;
-    cJSON_Delete(last);
-    return true;
-}
-
-static void etcd_page_free(struct etcd_page *page)
-{
-    cJSON_Delete(page->answer);
-    free(page->after);
-}
-
-/* Touches nothing of the store, which fetches meanwhile. */
-static int etcd_page_tell(const struct etcd_page *page, meta_event_fn each, void *arg, int *asked)
-{
-    size_t skip = strlen(page->s->prefix);
-    const cJSON *kv;
-    cJSON_ArrayForEach(kv, cJSON_GetObjectItemCaseSensitive(page->answer, "kvs")) {
-        struct meta_event event = {
-            .key = etcd_get_bytes(kv, "key"),
-            .value = etcd_get_bytes(kv, "value"),
-            .revision = etcd_get_number(kv, "mod_revision"),
-        };
-        if (!event.key || strlen(event.key) < skip)
-            return -EBADMSG;
-        event.key += skip;
-        if (!event.value)
-            event.value = ""; /* an empty one is left out */
-        *asked = each(arg, &event);
-        if (*asked < 0)
-            return 0;
-    }
-    return 0;
-}
-
-/* Tells all pages. *revision: of them all. */
-static int etcd_pages(struct etcd *s, const char *prefix, meta_event_fn each, void *arg,
-                      uint64_t *revision, int *asked)
-{
-    struct etcd_page page = {.s = s, .prefix = prefix};
-    etcd_page_fetch(&page);
-    if (page.rc == 0)
-        *revision = page.revision = etcd_revision_of(page.answer);
-    bool more = page.rc == 0;
-    int rc = page.rc;
-    while (more) {
-        struct etcd_page next;
-        more = etcd_page_next(&page, &next);
-        pthread_t thread;
-        bool ahead =
-            more && next.rc == 0 && pthread_create(&thread, NULL, etcd_page_fetch, &next) == 0;
-        int told = etcd_page_tell(&page, each, arg, asked);
-        if (ahead)
-            pthread_join(thread, NULL);
-        else if (more && told == 0 && next.rc == 0 && *asked == 0)
-            etcd_page_fetch(&next);
-        rc = told < 0 ? told : *asked < 0 ? 0 : next.rc;
-        more = more && rc == 0 && *asked == 0;
-        etcd_page_free(&page);
-        page = next;
-    }
-    etcd_page_free(&page);
-    return rc == -EBADMSG ? etcd_senseless(s) : rc;
-}
-
-/* Learns whose data it is that is listed next: another's than before counts in store.epoch. */
-static int etcd_epoch_learn(struct etcd *s)
-{
-    char epoch[33];
-    s->cluster[0] = '\0';
-    int rc = etcd_epoch_get(s, true, epoch);
-    if (rc < 0)
-        return rc;
-    if (s->epoch[0] != '\0' && strcmp(s->epoch, epoch) != 0)
-        s->store.epoch++;
-    memcpy(s->epoch, epoch, sizeof(epoch));
-    return 0;
-}
-
-static int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn each, void *arg,
-                     uint64_t *revision)
-{
-    struct etcd *s = etcd_of(store);
-    int asked = 0;
-    /* what another prefix's feed has missed, this listing does not bring */
-    bool covers = !s->waited || strncmp(s->waited, prefix, strlen(prefix)) == 0;
-    bool gap = s->gap;
-    int rc = 0;
-    etcd_enter(s);
-    *revision = 0;
-    s->gap = false;
-    if (covers)
-        rc = etcd_epoch_learn(s);
-    if (rc == 0)
-        rc = etcd_pages(s, prefix, each, arg, revision, &asked);
-    if (rc == 0 && covers) {
-        if (*revision < s->newest)
-            s->store.epoch++; /* it went back */
-        s->newest = *revision;
-    }
-    if (rc == -ESTALE)
-        rc = etcd_fail(s, -ETIMEDOUT, "what was being listed has been compacted");
-    if (rc == 0 && s->gap)
-        rc = etcd_fail(s, -ECONNRESET, "the data was replaced while it was listed");
-    s->gap = (gap || s->gap) && !(covers && rc == 0);
-    rc = etcd_answer(s, rc);
-    return rc < 0 ? rc : asked;
 }
 
 /* ---- the change feed ---- */

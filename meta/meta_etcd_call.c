@@ -140,15 +140,24 @@ char *etcd_get_bytes(const cJSON *object, const char *name)
     return text;
 }
 
+void etcd_cluster_note(struct etcd *s, const char *id)
+{
+    if (s->cluster[0] != '\0' && strcmp(s->cluster, id) != 0)
+        s->gap = true;
+    snprintf(s->cluster, sizeof(s->cluster), "%s", id);
+}
+
 void etcd_header_note(struct etcd *s, const cJSON *answer)
 {
     const cJSON *header = cJSON_GetObjectItemCaseSensitive(answer, "header");
     const cJSON *id = cJSON_GetObjectItemCaseSensitive(header, "cluster_id");
-    if (!cJSON_IsString(id))
-        return;
-    if (s->cluster[0] != '\0' && strcmp(s->cluster, id->valuestring) != 0)
-        s->gap = true;
-    snprintf(s->cluster, sizeof(s->cluster), "%s", id->valuestring);
+    if (cJSON_IsString(id))
+        etcd_cluster_note(s, id->valuestring);
+}
+
+uint64_t etcd_revision_of(const cJSON *answer)
+{
+    return etcd_get_number(cJSON_GetObjectItemCaseSensitive(answer, "header"), "revision");
 }
 
 /* ---- calls ---- */

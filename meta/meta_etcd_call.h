@@ -35,6 +35,7 @@ struct etcd {
 
     bool created; /* the service has confirmed the watch */
     bool gap;     /* the data is not what was listed */
+    bool no_rpc;  /* gRPC did not answer here */
     bool down;    /* an outage has been logged */
     bool encrypted;
     char epoch[33];                   /* of what was listed; "": nothing yet */
@@ -70,7 +71,42 @@ int etcd_refused(struct etcd *s, const char *text, int code);
 int etcd_error_read(struct etcd *s, const cJSON *answer);
 void etcd_next_endpoint(struct etcd *s);
 /* Notes the cluster of an answer: another one than was listed sets `gap`. */
+void etcd_cluster_note(struct etcd *s, const char *id);
 void etcd_header_note(struct etcd *s, const cJSON *answer);
+/* The revision that an answer was made at. */
+uint64_t etcd_revision_of(const cJSON *answer);
+
+/* Some keys in order, as an answer brought them: strings in its own memory. */
+struct etcd_kv {
+    char *key;
+    char *value; /* NULL: empty */
+    size_t key_size;
+    size_t value_size;
+    uint64_t revision;
+};
+struct etcd_range {
+    struct etcd_kv *kvs;
+    size_t count;
+    bool more;
+    uint64_t revision; /* of the answer */
+    char cluster[24];
+    cJSON *json; /* what the strings lie in, or */
+    char *bytes;
+};
+/* Asks etcd's gRPC service for the keys behind `after` and before `end` at a revision. Free *out also after a failure, which
+ * says nothing: ask the gateway then. */
+int etcd_rpc_range(struct etcd *s, struct http *http, const char *after, const char *end,
+                   uint64_t limit, uint64_t revision, struct etcd_range *out);
+
+/* ---- meta_etcd ---- */
+
+/* The epoch that stands there; with `make`, ours is written when there is none. "": none. */
+int etcd_epoch_get(struct etcd *s, bool make, char epoch[33]);
+
+/* ---- meta_etcd_list ---- */
+
+int etcd_list(struct meta_store *store, const char *prefix, meta_event_fn each, void *arg,
+              uint64_t *revision);
 
 /* JSON in etcd's spelling: bytes as base64, numbers as strings, what is 0 left out. */
 void etcd_put_bytes(cJSON *object, const char *name, const char *bytes);

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from harness import data, fuse
 from harness.node import refused, run_p2pfs
-from harness.services import KINDS, Etcd, Redis, secret_file
+from harness.services import KINDS, Etcd, Link, Redis, secret_file
 from harness.wait import eventually
 
 
@@ -262,8 +263,46 @@ def test_etcd_user_and_password_and_their_token(make_cluster, mounts, tmp_path):
         eventually(lambda: a.status()["online"] and b.status()["online"])
         a.path("y").write_bytes(b"seen too")
         eventually(lambda: b.path("y").read_bytes() == b"seen too")
+        register_many(a, tmp_path)
+        sees_many(one.node(credentials=right))
         assert_secret_is_nowhere(a, "r00t")
     finally:
+        service.kill()
+
+
+def register_many(node, home):
+    """More names than one page of a listing has."""
+    (home / "many").mkdir()
+    for i in range(600):
+        (home / "many" / f"f{i}").write_bytes(b"x")
+    os.symlink(home / "many", node.path("many"))
+
+
+def sees_many(node, by_rpc=True):
+    assert len(os.listdir(node.path("many"))) == 600
+    assert ("does not answer gRPC" in node.log) != by_rpc
+
+
+class WithoutRpc(Link):
+    """Speaks HTTP/1 only, as many a proxy."""
+
+    def _relay(self, near, far):
+        if near.recv(3, socket.MSG_PEEK) == b"PRI":
+            near.close()
+            far.close()
+        else:
+            super()._relay(near, far)
+
+
+def test_etcd_is_listed_with_grpc_and_without(make_cluster, mounts, tmp_path):
+    service = Etcd(tmp_path / "service").start()
+    link = WithoutRpc(service.port)
+    try:
+        register_many(make_cluster(service.url()).node(), tmp_path)
+        sees_many(make_cluster(service.url()).node("direct"))
+        sees_many(make_cluster(service.url(port=link.port)).node("proxied"), by_rpc=False)
+    finally:
+        link.close()
         service.kill()
 
 
@@ -306,6 +345,8 @@ def test_etcd_over_tls_with_a_client_certificate(make_cluster, mounts, tmp_path)
         a, b = one.nodes(2, credentials=secret_file(tmp_path / "all", **known))
         a.path("x").write_bytes(b"seen")
         eventually(lambda: b.path("x").read_bytes() == b"seen")
+        register_many(a, tmp_path)
+        sees_many(one.node(credentials=secret_file(tmp_path / "again", **known)))
     finally:
         service.kill()
 
