@@ -254,6 +254,9 @@ static int fill_take(struct fill *fill)
     uint64_t took = now_of(fill) - fill->granted_ns;
     spread_window_took(&pull->window, took);
     pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
+    if (!fill->source->far) {
+        spread_reach_near(&pull->reach);
+    }
     source_praise(fill->source);
     trace_landed(
         replica, fill->request.shard,

@@ -10,12 +10,41 @@
 
 #define NEIGHBOURS_ALL_LANES_MAX 2 /* so many neighbours, and no more, get a link on each lane */
 #define NEIGHBOURS_CONNECT_MS    4000
+#define NEIGHBOURS_RACK_MS       2000 /* how often the nodes of this locality are looked up */
 
 struct neighbours {
     struct neighbour *list;
     size_t count;
     char locality[MODEL_NODE_MAX + 1]; /* this node's */
+    struct spread_rack rack;
+    uint64_t rack_ms; /* when it was drawn; 0: not yet */
 };
+
+/* All nodes of this locality, as nobody knows which of them pull. */
+static void rack_draw(struct replica *replica, uint64_t now_ms)
+{
+    struct neighbours *n = replica->neighbours;
+    const struct engine_config *config = &replica->engine->config;
+    util_autofree struct model_node *nodes = NULL;
+    size_t count;
+    if (!n->locality[0] || (n->rack_ms && now_ms - n->rack_ms < NEIGHBOURS_RACK_MS) ||
+        catalog_nodes(config->catalog, &nodes, &count) < 0) {
+        return;
+    }
+    util_autofree uint64_t *others = calloc(count + 1, sizeof *others);
+    size_t near = 0;
+    for (size_t i = 0; others && i < count; i++) {
+        if (strcmp(nodes[i].locality, n->locality) == 0 &&
+            strcmp(nodes[i].name, config->node) != 0) {
+            others[near++] = spread_rack_place(nodes[i].name, nodes[i].boot);
+        }
+    }
+    if (others) {
+        memcpy(&n->rack.salt, replica->version.id.bytes, sizeof n->rack.salt);
+        spread_rack_set(&n->rack, spread_rack_place(config->node, config->boot), others, near);
+        n->rack_ms = now_ms;
+    }
+}
 
 int neighbours_open(struct replica *replica)
 {
@@ -32,6 +61,7 @@ int neighbours_open(struct replica *replica)
         snprintf(n->locality, sizeof n->locality, "%s", self.locality);
     }
     replica->neighbours = n;
+    rack_draw(replica, util_now_ms());
     return 0;
 }
 
@@ -53,6 +83,12 @@ void neighbours_close(struct replica *replica)
 struct neighbour *neighbours_list(const struct replica *replica)
 {
     return replica->neighbours ? replica->neighbours->list : NULL;
+}
+
+const struct spread_rack *neighbours_rack(const struct replica *replica)
+{
+    const struct neighbours *n = replica->neighbours;
+    return n && n->rack_ms ? &n->rack : NULL;
 }
 
 struct neighbour *neighbours_find(const struct replica *replica, const char *node, uint64_t boot)
@@ -216,6 +252,7 @@ bool neighbours_review(struct replica *replica, uint64_t now_ms)
         neighbour_forget(n, neighbour);
     }
     changed |= worst_drop(n, now_ms);
+    rack_draw(replica, now_ms);
     return neighbours_choose(replica, SPREAD_NEIGHBOURS_LATER, now_ms) || changed;
 }
 

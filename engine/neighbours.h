@@ -42,6 +42,9 @@ bool neighbours_choose(struct replica *replica, size_t most, uint64_t now_ms);
  * above. */
 bool neighbours_review(struct replica *replica, uint64_t now_ms);
 
+/* Who of this node's locality goes far for which shard; NULL: everybody, for this node does not say where it is. */
+const struct spread_rack *neighbours_rack(const struct replica *replica);
+
 /* No lock held: a peer says that the node has the version or pulls it. chose_us: it pulls from here, and becomes a
  * neighbour beyond those that we chose. True: the lanes have to be told. */
 bool neighbours_hear(struct replica *replica, const char *node, uint64_t boot, bool chose_us);

@@ -89,6 +89,7 @@ struct replica {
     bool looked;                   /* one has succeeded */
     bool offline;                  /* and found nobody */
     uint32_t sources;              /* attached suppliers of all lanes */
+    uint32_t near_sources;         /* of them, not in another locality */
     int error;                     /* the last failure */
     uint64_t failed_ns;            /* and when it failed readers */
     char *reason;                  /* and its cause; owned; NULL: none */

@@ -180,9 +180,14 @@ static uint32_t shard_choose(struct source *source, enum source_turn turn, bool 
     }
     /* What a complete one did not want to give in the background, it gives to a reader. */
     bool all = turn == TURN_URGENT && source->complete;
+    uint64_t now = loop_now_ns(source->pull->lane->loop);
     struct spread_offer offer = {.bitmap = all ? NULL : source->bitmap,
                                  .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
-                                 .far = source->far && !source->pull->starving};
+                                 .far = source->far && !source->pull->starving,
+                                 .rack = replica->near_sources ? neighbours_rack(replica) : NULL,
+                                 .now_ms = now / 1000000,
+                                 .step_ms = spread_rack_step_ms(source->pull->usual_ns),
+                                 .steps = source->pull->reach.steps / SPREAD_REACH_PARTS};
     uint32_t shard = SPREAD_NONE;
     *urgent = false;
     if (turn == TURN_RARE) {
@@ -343,6 +348,8 @@ void source_pump_all(struct pull *pull)
     if (pull->fetching >= window_width(pull)) {
         pull->full_ns = now;
     }
+    spread_reach_tick(&pull->reach, now / 1000000, pull->full_ns / 1000000,
+                      spread_rack_step_ms(pull->usual_ns));
     for (enum source_turn turn = TURN_RARE; whole && absent && turn < TURN_COUNT; turn++) {
         sources_turn(pull, turn, usable, now);
     }
@@ -365,12 +372,13 @@ static struct source *source_of(struct attachment *attachment)
 static void rarity_add(struct source *source, bool more)
 {
     struct replica *replica = source->pull->replica;
+    uint64_t now_ms = loop_now_ns(source->pull->lane->loop) / 1000000;
     for (uint32_t k = 0; source->counts && !source->complete && k < replica->shards; k++) {
         if (!source_has(source, k)) {
             continue;
         }
         if (more) {
-            spread_more(replica->spread, k, !source->far);
+            spread_more(replica->spread, k, !source->far, now_ms);
         } else {
             spread_less(replica->spread, k, !source->far);
         }
@@ -392,6 +400,7 @@ static void source_bitmap_clear(struct source *source)
     pthread_mutex_lock(&replica->lock);
     rarity_add(source, false);
     replica->sources--;
+    replica->near_sources -= !source->far;
     struct neighbour *neighbour = neighbour_of(source);
     if (neighbour && source->known) {
         neighbour->attached--;
@@ -425,6 +434,7 @@ static void source_attached(struct attachment *attachment, uint32_t count, bool 
     pthread_mutex_lock(&replica->lock);
     rarity_add(source, true);
     replica->sources++;
+    replica->near_sources += !source->far;
     struct neighbour *neighbour = neighbour_of(source);
     source->known = neighbour != NULL; /* it may have been forgotten, and be learnt again */
     if (neighbour) {
@@ -446,7 +456,8 @@ static void source_have(struct attachment *attachment, uint32_t shard)
     source->bitmap[shard / 8] |= (uint8_t)(1u << (shard % 8));
     if (source->counts) {
         pthread_mutex_lock(&replica->lock);
-        spread_more(replica->spread, shard, !source->far);
+        spread_more(replica->spread, shard, !source->far,
+                    loop_now_ns(source->pull->lane->loop) / 1000000);
         pthread_mutex_unlock(&replica->lock);
     }
     if (source->waiting == 0) {

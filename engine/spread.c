@@ -5,14 +5,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define RARITIES          (SPREAD_RARITY_ANY + 1)
-#define SPREAD_QUICK_NS   15000000ull  /* a window opens below, */
-#define SPREAD_SLOW_NS    120000000ull /* and closes above */
-#define SPREAD_HUNGRY_NS  60000000ull
-#define SPREAD_STARVED_NS 10000000000ull /* and whatever is usual */
-#define SPREAD_TRIAL_MS   3000           /* what a neighbour gets to show what it can */
-#define SPREAD_HEDGE_NS   300000000ull   /* a shard is not late before */
-#define SPREAD_TRICKLE_NS 10000000000ull
+#define RARITIES               (SPREAD_RARITY_ANY + 1)
+#define SPREAD_QUICK_NS        15000000ull  /* a window opens below, */
+#define SPREAD_SLOW_NS         120000000ull /* and closes above */
+#define SPREAD_HUNGRY_NS       60000000ull
+#define SPREAD_STARVED_NS      10000000000ull /* and whatever is usual */
+#define SPREAD_RACK_STEP       4              /* usual times of a shard */
+#define SPREAD_RACK_UNKNOWN_NS 250000000ull
+#define SPREAD_TRIAL_MS        3000         /* what a neighbour gets to show what it can */
+#define SPREAD_HEDGE_NS        300000000ull /* a shard is not late before */
+#define SPREAD_TRICKLE_NS      10000000000ull
 
 /* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. place: where a
  * shard stands in it. */
@@ -23,6 +25,7 @@ struct spread {
     uint32_t *place;
     uint16_t *rarity;
     uint16_t *near;
+    uint64_t *seen_ms; /* when a far neighbour had it first; 0: none has said so */
     uint8_t *states;
     uint64_t *absent; /* bitmap, little endian words */
 };
@@ -41,9 +44,11 @@ int spread_open(uint32_t shards, struct spread **spread)
     s->place = calloc(room, sizeof *s->place);
     s->rarity = calloc(room, sizeof *s->rarity);
     s->near = calloc(room, sizeof *s->near);
+    s->seen_ms = calloc(room, sizeof *s->seen_ms);
     s->states = calloc(room, sizeof *s->states);
     s->absent = calloc(room / 64 + 1, sizeof *s->absent);
-    if (!s->order || !s->place || !s->rarity || !s->near || !s->states || !s->absent) {
+    if (!s->order || !s->place || !s->rarity || !s->near || !s->seen_ms || !s->states ||
+        !s->absent) {
         spread_close(s);
         return -ENOMEM;
     }
@@ -67,6 +72,7 @@ void spread_close(struct spread *s)
     free(s->place);
     free(s->rarity);
     free(s->near);
+    free(s->seen_ms);
     free(s->states);
     free(s->absent);
     free(s);
@@ -141,10 +147,13 @@ uint32_t spread_absent(const struct spread *s)
     return s->first[RARITIES];
 }
 
-void spread_more(struct spread *s, uint32_t shard, bool near)
+void spread_more(struct spread *s, uint32_t shard, bool near, uint64_t now_ms)
 {
     uint32_t from = group_of(s, shard);
     s->rarity[shard]++;
+    if (!near && !s->seen_ms[shard]) {
+        s->seen_ms[shard] = now_ms;
+    }
     s->near[shard] = (uint16_t)(s->near[shard] + near);
     if (s->states[shard] == SPREAD_ABSENT) {
         group_up(s, shard, from, group_of(s, shard));
@@ -176,6 +185,28 @@ static bool may_take(const struct spread *s, const uint8_t *bitmap, uint32_t sha
 static bool may_spare(const struct spread *s, const struct spread_offer *offer, uint32_t shard)
 {
     return source_has(offer->bitmap, shard) && !(offer->far && s->near[shard]);
+}
+
+static uint64_t mix(uint64_t x) /* the finalizer of splitmix64, by Sebastiano Vigna */
+{
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+/* Whether this node is one of those that go far for it now. */
+static bool rack_may(const struct spread *s, const struct spread_offer *offer, uint32_t shard)
+{
+    const struct spread_rack *rack = offer->rack;
+    if (!rack) {
+        return true;
+    }
+    uint64_t seen = s->seen_ms[shard]; /* by another lane a moment later than this one's now */
+    uint64_t waited = offer->now_ms > seen ? offer->now_ms - seen : 0;
+    waited /= offer->step_ms;
+    waited = waited < offer->steps ? waited : offer->steps;
+    uint64_t back = rack->place - mix(rack->salt + (shard + 1) * 0x9e3779b97f4a7c15ull);
+    return back <= rack->arc[waited < SPREAD_RACK_LEVELS ? waited : SPREAD_RACK_LEVELS - 1];
 }
 
 static uint32_t demand_next(const struct spread *s, const struct spread_want *want,
@@ -215,7 +246,7 @@ static uint64_t wanted_word(const struct spread *s, const uint8_t *bitmap, uint3
     return le64toh(s->absent[word] & has);
 }
 
-/* The source has few of the absent shards: looks at each of them. */
+/* The source has few of the absent shards that may be had of it: looks at each of them. */
 static uint32_t rarest_of_few(const struct spread *s, const struct spread_offer *offer,
                               uint64_t random)
 {
@@ -226,7 +257,7 @@ static uint32_t rarest_of_few(const struct spread *s, const struct spread_offer 
         for (uint64_t bits = wanted_word(s, offer->bitmap, word); bits; bits &= bits - 1) {
             uint32_t k = word * 64 + (uint32_t)__builtin_ctzll(bits);
             uint32_t group = group_of(s, k);
-            if (group > best_group || (offer->far && s->near[k])) {
+            if (group > best_group || (offer->far && (s->near[k] || !rack_may(s, offer, k)))) {
                 continue;
             }
             alike = group < best_group ? 1 : alike + 1;
@@ -269,8 +300,9 @@ static uint32_t rarest_next(const struct spread *s, const struct spread_offer *o
     if (wanted == 0) {
         return SPREAD_NONE;
     }
-    return wanted < 64 && wanted * 4 < spread_absent(s) ? rarest_of_few(s, offer, random)
-                                                        : rarest_of_many(s, offer, random);
+    bool few = wanted < 64 && wanted * 4 < spread_absent(s);
+    return few || (offer->far && offer->rack) ? rarest_of_few(s, offer, random)
+                                              : rarest_of_many(s, offer, random);
 }
 
 uint32_t spread_next(const struct spread *s, const struct spread_want *want,
@@ -290,6 +322,59 @@ uint32_t spread_next(const struct spread *s, const struct spread_want *want,
     }
     shard = ahead_next(s, want->cursor, offer);
     return shard != SPREAD_NONE ? shard : rarest_next(s, offer, random);
+}
+
+uint64_t spread_rack_place(const char *node, uint64_t boot)
+{
+    uint64_t place = mix(boot);
+    for (; *node; node++) {
+        place = mix(place ^ (uint8_t)*node);
+    }
+    return place;
+}
+
+static int distances_compare(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a;
+    uint64_t y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+void spread_rack_set(struct spread_rack *rack, uint64_t place, uint64_t *others, size_t count)
+{
+    rack->place = place;
+    for (size_t i = 0; i < count; i++) {
+        others[i] = place - others[i];
+    }
+    qsort(others, count, sizeof *others, distances_compare);
+    for (unsigned level = 0; level < SPREAD_RACK_LEVELS; level++) {
+        size_t rank = (size_t)1 << level;
+        rack->arc[level] = rank <= count ? others[rank - 1] - 1 : UINT64_MAX;
+    }
+}
+
+uint64_t spread_rack_step_ms(uint64_t usual_ns)
+{
+    return (usual_ns ? usual_ns * SPREAD_RACK_STEP : SPREAD_RACK_UNKNOWN_NS) / 1000000 + 1;
+}
+
+void spread_reach_tick(struct spread_reach *reach, uint64_t now_ms, uint64_t full_ms,
+                       uint64_t step_ms)
+{
+    if (full_ms > reach->since_ms) {
+        reach->since_ms = full_ms;
+    }
+    if (now_ms >= reach->since_ms + step_ms) {
+        reach->since_ms = now_ms;
+        if (reach->steps < SPREAD_RACK_LEVELS * SPREAD_REACH_PARTS) {
+            reach->steps += SPREAD_REACH_PARTS;
+        }
+    }
+}
+
+void spread_reach_near(struct spread_reach *reach)
+{
+    reach->steps -= reach->steps > 0;
 }
 
 bool spread_hungry(uint64_t ns, uint64_t usual_ns)

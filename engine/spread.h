@@ -34,8 +34,37 @@ void spread_put(struct spread *spread, uint32_t shard);  /* FILLING -> ABSENT */
 void spread_land(struct spread *spread, uint32_t shard); /* ABSENT, FILLING -> PRESENT */
 uint32_t spread_absent(const struct spread *spread);     /* how many shards are ABSENT */
 /* A neighbour that is not complete has the shard (more), or has left (less). near: of the same locality. */
-void spread_more(struct spread *spread, uint32_t shard, bool near);
+void spread_more(struct spread *spread, uint32_t shard, bool near, uint64_t now_ms);
 void spread_less(struct spread *spread, uint32_t shard, bool near);
+
+/* Between localities about one copy is to pass, however many nodes of one pull. They stand on a ring, as shards do
+ * (consistent hashing: D. Karger et al., 1997). A shard that no near neighbour has is fetched from far by the node that
+ * comes behind it there; a step later by the next one too; then by four, eight, and so on. So one that has died, or does
+ * not pull, costs a step, and a locality in which few pull costs a few. */
+#define SPREAD_RACK_LEVELS 20
+struct spread_rack {
+    uint64_t salt;                    /* the version's: each has other nodes go */
+    uint64_t place;                   /* this node's on the ring */
+    uint64_t arc[SPREAD_RACK_LEVELS]; /* so far back do its shards lie after so many steps */
+};
+/* A node's place: of its name and incarnation. */
+uint64_t spread_rack_place(const char *node, uint64_t boot);
+/* others: the places of the other nodes of this locality, in any order; sorted afterwards by distance. */
+void spread_rack_set(struct spread_rack *rack, uint64_t place, uint64_t *others, size_t count);
+/* How long a step is: the time in which a shard usually comes over and is passed on. */
+uint64_t spread_rack_step_ms(uint64_t usual_ns);
+
+/* How many steps a puller may take at most: one more for each in which it had room for more, fewer again as near ones
+ * bring what it lacks. So it is one where all of a locality pull, and all of them for the only one that does. */
+struct spread_reach {
+    uint32_t steps; /* in parts of SPREAD_REACH_PARTS */
+    uint64_t since_ms;
+};
+#define SPREAD_REACH_PARTS 32
+/* full_ms: when it had no room last. */
+void spread_reach_tick(struct spread_reach *reach, uint64_t now_ms, uint64_t full_ms,
+                       uint64_t step_ms);
+void spread_reach_near(struct spread_reach *reach); /* a near one brought a shard */
 
 struct spread_range {
     uint32_t first;
@@ -51,9 +80,14 @@ struct spread_offer {
     const uint8_t *bitmap; /* what the source has; NULL: all */
     uint32_t rarity_most;  /* leave commoner shards to others; SPREAD_RARITY_ANY: no bound */
     bool far;              /* leave what a near neighbour has to that one */
+    const struct spread_rack
+        *rack;       /* far: and what another node of this locality goes for; NULL: nothing */
+    uint64_t now_ms; /* rack: and spread_rack_step_ms, */
+    uint64_t step_ms;
+    uint32_t steps; /* and whole ones that may be taken */
 };
 /* The next shard to ask of a source, or SPREAD_NONE; it stays ABSENT. *urgent: a reader waits for it, and neither
- * rarity_most nor far count. */
+ * rarity_most nor far nor rack count. Read-ahead heeds no rack. */
 uint32_t spread_next(const struct spread *spread, const struct spread_want *want,
                      const struct spread_offer *offer, uint64_t random, bool *urgent);
 

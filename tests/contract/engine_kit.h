@@ -55,6 +55,7 @@ struct node {
     uint64_t cache_size;
     uint32_t read_timeout_ms;
     bool demand;
+    const char *locality; /* NULL: none */
 };
 
 static struct node nodes[NODES];
@@ -105,6 +106,8 @@ static void node_up(struct node *node)
         .lease_ms = 3000,
         .events = {.arg = node, .version_gone = version_gone, .version_sealed = version_sealed}};
     snprintf(catalog.self.name, sizeof catalog.self.name, "%s", node->name);
+    snprintf(catalog.self.locality, sizeof catalog.self.locality, "%s",
+             node->locality ? node->locality : "");
     assert_int_equal(catalog_open(&catalog, &node->catalog, &error), 0);
     struct engine_config engine = {.catalog = node->catalog,
                                    .node = node->name,

@@ -6,7 +6,7 @@
 /* A has it; the others begin together, on links that are slow enough for all of them to take part. */
 static void pull_together(const char *name)
 {
-    up(4);
+    transport_mem_faults_set(NULL);
     assert_int_equal(put(A, name, 1, SIZE), 0);
     for (unsigned i = 1; i < 4; i++) {
         (void)version_of(&nodes[i], name);
@@ -25,6 +25,7 @@ static void pull_together(const char *name)
 /* None of them was a holder when the others asked the metadata: A has named them to each other. */
 static void pullers_find_each_other_through_their_holder(void **state)
 {
+    up(4);
     pull_together("f");
     for (unsigned i = 1; i < 4; i++) {
         uint64_t others = 0;
@@ -38,11 +39,30 @@ static void pullers_find_each_other_through_their_holder(void **state)
 /* It answers BUSY, with advice, to who asks for what another one has just got. */
 static void the_first_holder_sends_each_shard_once(void **state)
 {
+    up(4);
     pull_together("f");
     double copies = (double)stats(A).bytes_served / SIZE;
     print_message("A served %.2f copies to B, C and D, and was BUSY %u times\n", copies,
                   (unsigned)stats(A).asks_refused);
     assert_true(copies >= 1 && copies < 2);
+}
+
+/* C and D share the way to the others: what one of them fetches, the other takes from it. */
+static void little_more_than_one_copy_comes_into_a_rack(void **state)
+{
+    for (unsigned i = 0; i < 4; i++) {
+        nodes[i].locality = i < 2 ? "hall/1" : "hall/2";
+    }
+    up(4);
+    const char *names[] = {"f", "g", "h", "i", "j", "k"};
+    for (unsigned i = 0; i < util_count(names); i++) {
+        pull_together(names[i]);
+    }
+    uint64_t came = received_from(C, "A") + received_from(C, "B") + received_from(D, "A") +
+                    received_from(D, "B");
+    double copies = (double)came / SIZE / util_count(names);
+    print_message("%.2f copies came to C and D from A and B\n", copies);
+    assert_true(copies >= 1 && copies < 1.3);
 }
 
 /* A reader waits for one shard, and the holder that was asked first never sends it. */
@@ -87,6 +107,7 @@ static void one_leaves_and_comes_back(void **state)
 static const struct CMUnitTest stories[] = {
     story(pullers_find_each_other_through_their_holder),
     story(the_first_holder_sends_each_shard_once),
+    story(little_more_than_one_copy_comes_into_a_rack),
     story(a_late_shard_is_asked_of_another_holder_too),
     story(one_leaves_and_comes_back),
 };

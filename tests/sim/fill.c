@@ -214,6 +214,9 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
         if (fill->twin) {
             fill_cancel(sim, fill->twin);
         }
+        if (!source->far) {
+            spread_reach_near(&node->reach);
+        }
         shard_settle(sim, node, shard);
     }
     fill_free(sim, fill);

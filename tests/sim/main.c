@@ -1,12 +1,12 @@
 /* Runs one swarm and says how it went.
  *
  *   sim [--nodes N] [--size 140G] [--shard SIZE] [--rate 100gbit] [--latency US] [--message US] [--sessions N]
- *       [--racks N] [--trunk N] [--no-locality] [--churn PERCENT] [--stall PERCENT] [--liars PERCENT]
+ *       [--racks N] [--others N] [--trunk N] [--no-locality] [--churn PERCENT] [--stall PERCENT] [--liars PERCENT]
  *       [--spread SECONDS] [--seed S] [--within N] [--egress N] [--rack-copies N] [--json]
  *
- * --within, --egress and --rack-copies are bounds: of the last node's time over the ideal, of the copies that the
- * registrar sent, and of those that came into another rack than its own. 0; 1: a bound or an invariant is broken; 2:
- * wrong usage. */
+ * --others: nodes of each rack that do not pull. --within, --egress and --rack-copies are bounds: of the last node's
+ * time over the ideal, of the copies that the registrar sent, and of those that came into another rack than its own. 0;
+ * 1: a bound or an invariant is broken; 2: wrong usage. */
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -185,6 +185,7 @@ enum {
     MESSAGE,
     SESSIONS,
     RACKS,
+    OTHERS,
     TRUNK,
     NO_LOCALITY,
     CHURN,
@@ -207,6 +208,7 @@ static const struct option words[] = {
     {"message", required_argument, NULL, MESSAGE},
     {"sessions", required_argument, NULL, SESSIONS},
     {"racks", required_argument, NULL, RACKS},
+    {"others", required_argument, NULL, OTHERS},
     {"trunk", required_argument, NULL, TRUNK},
     {"no-locality", no_argument, NULL, NO_LOCALITY},
     {"churn", required_argument, NULL, CHURN},
@@ -247,6 +249,9 @@ static int option_take(int word, const char *text, struct sim_options *o, struct
         return 0;
     case RACKS:
         o->racks = (uint32_t)value;
+        return 0;
+    case OTHERS:
+        o->others = (uint32_t)value;
         return 0;
     case TRUNK:
         o->trunk = value;

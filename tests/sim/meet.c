@@ -121,7 +121,14 @@ void meet_hear(struct sim *sim, struct sim_node *node, struct sim_node *other, b
     learn(sim, node, other);
     choose(sim, node, SPREAD_NEIGHBOURS_FIRST);
     struct sim_neighbour *found = chose_us ? known_find(node, other) : NULL;
-    if (found && candidate(sim, found) && node->source_count < SPREAD_NEIGHBOURS) {
+    if (!found || !candidate(sim, found) || node->source_count >= SPREAD_NEIGHBOURS) {
+        return;
+    }
+    uint32_t near = 0;
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        near += !node->sources[i]->far;
+    }
+    if (found->near || near + SPREAD_FAR < SPREAD_NEIGHBOURS_FIRST) {
         source_add(sim, node, found);
     }
 }
@@ -146,11 +153,36 @@ void meet_look(struct sim *sim, struct sim_node *node)
     sim_at(sim, sim->now_ns + LOOK_NS, SIM_LOOKED, node, 0, 0);
 }
 
+/* All nodes of the rack, as engine/neighbours.c has them of the catalog, whether they pull or not. */
+static void circle_draw(struct sim *sim, struct sim_node *node)
+{
+    const struct sim_options *o = &sim->options;
+    if (o->racks < 2 || !o->locality) {
+        return;
+    }
+    uint64_t *others = calloc(sim->count + o->others, sizeof *others);
+    if (!others) {
+        abort();
+    }
+    size_t count = 0;
+    for (uint32_t i = node->rack; i < sim->count; i += o->racks) {
+        if (i != node->id && node_live(sim, &sim->nodes[i])) {
+            others[count++] = spread_rack_place("", i);
+        }
+    }
+    for (uint32_t i = 0; i < o->others; i++) {
+        others[count++] = spread_rack_place("other", i);
+    }
+    spread_rack_set(&node->circle, spread_rack_place("", node->id), others, count);
+    free(others);
+}
+
 void meet_looked(struct sim *sim, struct sim_node *node)
 {
     if (!node->pulling) {
         return;
     }
+    circle_draw(sim, node);
     uint32_t first = (uint32_t)(sim_random(sim) % sim->holder_count);
     for (uint32_t i = 0; i < sim->holder_count && i < SIM_KNOWN_MAX; i++) {
         learn(sim, node, sim->holders[(first + i) % sim->holder_count]);
@@ -201,5 +233,6 @@ void meet_review(struct sim *sim, struct sim_node *node)
         neighbour->node = NULL;
     }
     worst_drop(sim, node);
+    circle_draw(sim, node);
     choose(sim, node, SPREAD_NEIGHBOURS_LATER);
 }

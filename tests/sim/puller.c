@@ -27,13 +27,27 @@ static uint32_t advice_take(struct sim_conn *source)
     return SPREAD_NONE;
 }
 
+static bool near_attached(const struct sim_node *node)
+{
+    bool near = false;
+    for (uint32_t i = 0; i < node->source_count; i++) {
+        near |= node->sources[i]->attached && !node->sources[i]->far;
+    }
+    return near;
+}
+
 static uint32_t shard_take(struct sim *sim, struct sim_conn *source, enum source_turn turn)
 {
     struct spread *spread = source->puller->spread;
     const struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
-    const struct spread_offer offer = {.bitmap = source->bitmap,
-                                       .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
-                                       .far = source->far};
+    const struct spread_offer offer = {
+        .bitmap = source->bitmap,
+        .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
+        .far = source->far,
+        .rack = near_attached(source->puller) ? &source->puller->circle : NULL,
+        .now_ms = sim->now_ns / SIM_MS,
+        .steps = source->puller->reach.steps / SPREAD_REACH_PARTS,
+        .step_ms = spread_rack_step_ms(source->puller->usual_ns)};
     bool urgent;
     uint32_t shard = turn == TURN_RARE ? advice_take(source) : SPREAD_NONE;
     if (shard == SPREAD_NONE) {
@@ -130,12 +144,15 @@ void puller_pump(struct sim *sim, struct sim_node *node)
     if (node->fetching >= window_width(sim, node)) {
         node->full_ns = sim->now_ns;
     }
+    spread_reach_tick(&node->reach, sim->now_ns / SIM_MS, node->full_ns / SIM_MS,
+                      spread_rack_step_ms(node->usual_ns));
     for (enum source_turn turn = TURN_RARE; spread_absent(node->spread) && turn < TURN_COUNT;
          turn++) {
         sources_turn(sim, node, turn, usable);
     }
     for (uint32_t i = 0; node->fills && i < node->source_count; i++) {
-        if (node->sources[i]->inflight == 0 && source_usable(sim, node->sources[i])) {
+        if (node->sources[i]->inflight == 0 && !node->sources[i]->far &&
+            source_usable(sim, node->sources[i])) {
             (void)fill_move(sim, node->sources[i]);
         }
     }
@@ -150,7 +167,7 @@ static void rarity_add(struct sim *sim, const struct sim_conn *source, bool more
             continue;
         }
         if (more) {
-            spread_more(source->puller->spread, k, !source->far);
+            spread_more(source->puller->spread, k, !source->far, sim->now_ns / SIM_MS);
         } else {
             spread_less(source->puller->spread, k, !source->far);
         }
@@ -201,7 +218,7 @@ void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard)
     if (!source->attached) {
         return; /* ATTACHED is on its way, and counts all of it */
     }
-    spread_more(node->spread, shard, !source->far);
+    spread_more(node->spread, shard, !source->far, sim->now_ns / SIM_MS);
     if (source->waiting == 0) {
         puller_pump(sim, node);
     }

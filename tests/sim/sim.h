@@ -34,6 +34,7 @@ struct sim_options {
     uint64_t message;  /* what a message costs the node that gets it, ns */
     uint32_t sessions; /* that a node takes */
     uint32_t racks;
+    uint32_t others;    /* of each rack, that do not pull */
     double trunk;       /* links of a rack's nodes over that of its trunk */
     double churn;       /* part of the nodes that die during the run, */
     double stall;       /* stop answering, */
@@ -184,6 +185,8 @@ struct sim_node {
     /* it pulls */
     struct spread *spread;
     struct spread_window window;
+    struct spread_rack circle;
+    struct spread_reach reach;
     struct sim_neighbour *known;
     struct sim_conn *sources[SPREAD_NEIGHBOURS];
     uint32_t source_count;

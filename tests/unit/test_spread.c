@@ -76,7 +76,7 @@ static void scene_draw(struct scene *scene)
         }
         scene->rarity[k] = (uint16_t)(draw() % common);
         for (unsigned i = 0; i < scene->rarity[k] + 3u; i++) {
-            spread_more(scene->spread, k, false);
+            spread_more(scene->spread, k, false, 0);
         }
         if (absent) {
             spread_put(scene->spread, k); /* half of them have never been away */
@@ -299,7 +299,7 @@ static void taking_until_nothing_is_left_takes_all(void **state)
         while ((k = next(&scene, &urgent)) != SPREAD_NONE) {
             assert_true(left > 0);
             spread_take(scene.spread, k);
-            spread_more(scene.spread, (uint32_t)(draw() % scene.shards), false);
+            spread_more(scene.spread, (uint32_t)(draw() % scene.shards), false, 0);
             left--;
         }
         assert_int_equal(left, 0);
@@ -324,12 +324,82 @@ static void commoner_and_nearer_shards_are_left_to_others(void **state)
         scene.offer.rarity_most = SPREAD_RARITY_ANY;
         scene.offer.far = true;
         uint32_t near = (uint32_t)(draw() % scene.shards);
-        spread_more(scene.spread, near, true);
+        spread_more(scene.spread, near, true, 0);
         k = next(&scene, &urgent);
         assert_true(k != near || urgent);
     }
     assert_true(met > 100);
     scene_clear(&scene);
+}
+
+/* How many nodes of a rack of `count` go far for the shards, each of which they all lack and know a far one to have
+ * since `seen_ms`. */
+static unsigned rack_goes(uint32_t shards, size_t count, uint32_t steps, uint64_t seen_ms)
+{
+    unsigned taken = 0;
+    for (size_t node = 0; node < count; node++) {
+        struct spread *spread;
+        uint64_t others[64];
+        size_t n = 0;
+        for (size_t i = 0; i < count; i++) {
+            if (i != node) {
+                others[n++] = spread_rack_place("node", i);
+            }
+        }
+        struct spread_rack rack = {.salt = 7};
+        spread_rack_set(&rack, spread_rack_place("node", node), others, n);
+        assert_int_equal(spread_open(shards, &spread), 0);
+        for (uint32_t k = 0; k < shards; k++) {
+            spread_more(spread, k, false, seen_ms);
+        }
+        struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
+        struct spread_offer offer = {.rarity_most = SPREAD_RARITY_ANY,
+                                     .far = true,
+                                     .rack = &rack,
+                                     .now_ms = 1000,
+                                     .step_ms = 10,
+                                     .steps = steps};
+        bool urgent;
+        uint32_t k;
+        while ((k = spread_next(spread, &want, &offer, draw(), &urgent)) != SPREAD_NONE) {
+            spread_take(spread, k);
+            taken++;
+        }
+        spread_close(spread);
+    }
+    return taken;
+}
+
+/* One goes for each shard; a step later two, then four, as long as it is far alone that has it and there is room. */
+static void one_of_a_rack_goes_far_for_each_shard_then_more(void **state)
+{
+    assert_int_equal(rack_goes(500, 1, 0, 1000), 500);
+    assert_int_equal(rack_goes(500, 40, 0, 1), 500);
+    assert_int_equal(rack_goes(500, 40, 1, 1), 2 * 500);
+    assert_int_equal(rack_goes(500, 40, 5, 980), 4 * 500); /* just come there */
+    assert_int_equal(rack_goes(500, 40, 6, 1), 40 * 500);
+    assert_int_equal(rack_goes(500, 3, 1, 1), 2 * 500);
+    assert_int_equal(rack_goes(500, 40, 6, 1001), 500); /* another clock's now */
+}
+
+/* A step for each in which there was room; near shards take it back. */
+static void who_has_room_reaches_further_until_near_ones_bring_enough(void **state)
+{
+    struct spread_reach reach = {.since_ms = 1000};
+    spread_reach_tick(&reach, 1009, 0, 10);
+    assert_int_equal(reach.steps, 0);
+    spread_reach_tick(&reach, 1010, 0, 10);
+    assert_int_equal(reach.steps, SPREAD_REACH_PARTS);
+    spread_reach_tick(&reach, 1022, 1015, 10); /* it was full meanwhile */
+    assert_int_equal(reach.steps, SPREAD_REACH_PARTS);
+    for (uint64_t now = 1025; now < 9000; now += 10) {
+        spread_reach_tick(&reach, now, 1015, 10);
+    }
+    assert_int_equal(reach.steps, SPREAD_RACK_LEVELS * SPREAD_REACH_PARTS);
+    for (unsigned i = 0; i < SPREAD_RACK_LEVELS * SPREAD_REACH_PARTS + 9; i++) {
+        spread_reach_near(&reach);
+    }
+    assert_int_equal(reach.steps, 0);
 }
 
 static void windows_open_when_it_is_quick_and_close_when_it_is_slow(void **state)
@@ -454,6 +524,8 @@ int main(void)
         cmocka_unit_test(an_empty_file_needs_nothing),
         cmocka_unit_test(taking_until_nothing_is_left_takes_all),
         cmocka_unit_test(commoner_and_nearer_shards_are_left_to_others),
+        cmocka_unit_test(one_of_a_rack_goes_far_for_each_shard_then_more),
+        cmocka_unit_test(who_has_room_reaches_further_until_near_ones_bring_enough),
         cmocka_unit_test(windows_open_when_it_is_quick_and_close_when_it_is_slow),
         cmocka_unit_test(near_neighbours_are_preferred_and_a_few_far_ones_kept),
         cmocka_unit_test(the_gone_and_the_idle_make_room_for_others),
