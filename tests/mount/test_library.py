@@ -176,6 +176,44 @@ def test_the_steps_of_the_documents_work(tmp_path, kind):
             service.kill()
 
 
+# The steps that users of Mooncake's P2P Store know, to the letter, on three hosts of one network namespace.
+LETTER = """
+set -e
+ip link set lo up
+for i in 1 2 3; do ip address add 10.0.0.$i/32 dev lo; done
+# This is 10.0.0.1
+etcd --listen-client-urls http://0.0.0.0:2379 --advertise-client-urls http://10.0.0.1:2379 2>etcd.log &
+until (exec 3<>/dev/tcp/10.0.0.1/2379) 2>/dev/null; do sleep 0.05; done
+# This is 10.0.0.2
+export MC_GID_INDEX=1
+./p2p-store-example --cmd=trainer \\
+                    --metadata_server=10.0.0.1:2379 \\
+                    --local_server_name=10.0.0.2:12345 \\
+                    --device_name=erdma_0 &
+# This is 10.0.0.3
+export MC_GID_INDEX=1
+./p2p-store-example --cmd=inferencer \\
+                    --metadata_server=10.0.0.1:2379 \\
+                    --local_server_name=10.0.0.3:12346 \\
+                    --device_name=erdma_1
+kill %2
+wait %2
+kill %1
+"""
+
+
+def test_the_documents_commands_work_to_the_letter(tmp_path):
+    for tool in ("etcd", "unshare", "ip"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} (scripts/bootstrap --test)")
+    if os.geteuid() != 0:
+        pytest.skip("not root: no network namespace of its own")
+    (tmp_path / "p2p-store-example").symlink_to(EXAMPLE)
+    said = run("unshare", "--net", "--pid", "--fork", "--kill-child", "bash", "-c", LETTER, cwd=tmp_path,
+               timeout=60)  # fmt: skip
+    assert said.count("every byte is right") == 1 and said.count("ALL DONE") == 2, said
+
+
 def test_the_example_says_what_is_wrong(tmp_path):
     wrong = [
         (["--cmd=trainer", "--metadata_server=127.0.0.1:1"], 1, "127.0.0.1:1"),
