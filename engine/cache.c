@@ -189,11 +189,11 @@ static bool room_for(struct cache *cache, uint64_t bytes)
 
 /* ---- eviction ---- */
 
-/* Nobody here reads or fills it; lock held. A pull that has all its shards only has to notice. */
+/* Nobody here reads, fills or digests it; lock held. A pull that has all its shards only has to notice. */
 static bool idle(const struct replica *replica)
 {
     return replica->phase == REPLICA_LIVE && replica->opens == 0 && !replica->waiters &&
-           (!replica->pulling || replica_complete(replica));
+           !replica->loose && !replica->hashing && (!replica->pulling || replica_complete(replica));
 }
 
 static int evict_begin(struct replica *replica)

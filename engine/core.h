@@ -17,6 +17,7 @@ struct cache;
 struct lane;
 struct peers;
 struct bounce;
+struct draft;
 
 #define CORE_LANES_MAX 16
 
@@ -51,6 +52,8 @@ struct engine {
     struct core_counters counters;
     pthread_mutex_t slots_lock;
     struct slots slots; /* slots_lock: uploads of all lanes */
+    pthread_mutex_t direct_lock;
+    struct draft *direct; /* direct_lock, before a replica's: drafts that the kernel writes */
     atomic_bool closing;
     atomic_uint
         background; /* jobs and catalog calls of ours under way; engine_close waits for them */

@@ -8,32 +8,15 @@
 #include <unistd.h>
 
 #include "engine/cache.h"
+#include "engine/direct.h"
+#include "engine/draft_inside.h"
 #include "engine/storage.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
 #define DRAFT_BATCH 16 /* leaves that one hashing job takes */
 
-/* A leaf's digest is valid while `hashed` says so. Every write bumps `stamp` before and after it touches the leaf, so
- * a job that read bytes in the middle of a write sees another stamp at its end. Guarded by the replica's lock. */
-struct leaf {
-    uint32_t stamp;
-    bool hashed;
-};
-
-struct draft {
-    uint64_t size;     /* what readers see */
-    uint64_t extended; /* the file's own size, ahead of it, so that huge pages fit */
-    int failed;        /* the first error of a write; never registers */
-    unsigned writing;  /* writes and hashing jobs under way */
-    struct leaf *leaves;
-    uint8_t *digests;  /* leaves x digest->size */
-    size_t leaf_count; /* room */
-    size_t queued;     /* leaves handed to jobs so far, from the start */
-    uint32_t leaf_size;
-};
-
-static int leaves_room(struct replica *r, uint64_t size)
+int draft_leaves_room(struct replica *r, uint64_t size)
 {
     struct draft *d = r->draft;
     size_t need = (size + d->leaf_size - 1) / d->leaf_size;
@@ -105,7 +88,9 @@ void draft_free(struct draft *draft)
 uint64_t draft_size(struct replica *draft)
 {
     pthread_mutex_lock(&draft->lock);
-    uint64_t size = draft->draft ? draft->draft->size : draft->version.size;
+    uint64_t size = !draft->draft  ? draft->version.size
+                    : draft->loose ? direct_size(draft)
+                                   : draft->draft->size;
     pthread_mutex_unlock(&draft->lock);
     return size;
 }
@@ -237,14 +222,14 @@ static int write_begin(struct replica *r, uint64_t offset, uint64_t length)
     if (end > MODEL_SIZE_MAX || end < offset) {
         return -EFBIG;
     }
-    int status = leaves_room(r, end);
+    int status = draft_leaves_room(r, end);
     if (status < 0) {
         return status;
     }
     if (!cache_reserve(r->engine->cache, r, end)) {
         return -ENOSPC;
     }
-    if (end > d->extended) {
+    if (end > d->extended && !r->loose) {
         /* In steps of huge pages: the tmpfs gives one only where the whole of it lies inside the file. */
         uint64_t step = 8ull << 20;
         uint64_t extended = end < (1u << 20) ? end : (end + step - 1) / step * step;
@@ -393,6 +378,9 @@ int draft_truncate(struct replica *draft, uint64_t size)
     pthread_mutex_lock(&draft->lock);
     struct draft *d = draft->draft;
     int status = 0;
+    if (draft->phase == REPLICA_DRAFT && draft->loose) {
+        d->size = d->extended = direct_size(draft);
+    }
     if (draft->phase != REPLICA_DRAFT) {
         status = -EROFS;
     } else if (size > MODEL_SIZE_MAX) {
@@ -400,9 +388,12 @@ int draft_truncate(struct replica *draft, uint64_t size)
     } else if (size > d->size && storage_charge(size) > limit) {
         status = -ENOSPC;
     } else {
-        status = leaves_room(draft, size);
+        status = draft_leaves_room(draft, size);
     }
     /* Cut at the exact size first, so that what lay behind reads as zeros when the file grows again. */
+    if (status == 0 && draft->loose && size < d->size) {
+        (void)storage_direct_fills(draft->engine->storage);
+    }
     if (status == 0 && size < d->extended && ftruncate(draft->fd, (off_t)size) < 0) {
         status = -errno;
     }
@@ -487,6 +478,7 @@ static void published(void *arg, int status, const struct model_entry *entry)
         r->draft = NULL;
         replica_check(r);
         pthread_mutex_unlock(&r->lock);
+        direct_settle(r);
     }
     register_end(reg, status, entry);
 }
@@ -568,12 +560,26 @@ static int seal_shape(struct replica *r, uint64_t size)
     return status;
 }
 
+/* What the kernel wrote is digested when its last writer has let go. */
+static void seal_later(struct replica *r)
+{
+    pthread_mutex_lock(&r->lock);
+    memset((void *)r->states, SPREAD_PRESENT, r->shards);
+    atomic_store(&r->present, r->shards);
+    atomic_store(&r->resident, r->version.size);
+    pthread_mutex_unlock(&r->lock);
+}
+
 /* Everything that a complete replica has. */
 static int seal(struct replica *r)
 {
     int status = seal_shape(r, r->draft->size);
     if (status < 0) {
         return status;
+    }
+    if (r->lent) {
+        seal_later(r);
+        return 0;
     }
     uint8_t *buffer = malloc(r->draft->leaf_size);
     if (!buffer) {
@@ -606,7 +612,10 @@ static void register_run(struct work_job *job)
         return;
     }
     /* Holes have no room yet, and whoever maps the file fills them. */
-    int status = room_make(r, r->draft->size);
+    int status = r->lent ? direct_take(r) : 0;
+    if (status == 0) {
+        status = room_make(r, r->draft->size);
+    }
     if (status == 0) {
         status = seal(r);
     }

@@ -151,6 +151,7 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
         goto free_engine;
     }
     pthread_mutex_init(&e->slots_lock, NULL);
+    pthread_mutex_init(&e->direct_lock, NULL);
     e->slots = slots_new();
     e->slots.idle = config->seed_idle;
     e->digest = digest_by_kind(config->digest);

@@ -111,9 +111,17 @@ int engine_draft_write(struct engine *engine, struct replica *draft, uint64_t of
                        const void *data, size_t length, engine_done done, void *arg);
 /* ftruncate(2), and fallocate(2) mode 0 by growing; holes read as zeros. -ENOSPC, -EFBIG, -EROFS. */
 int engine_draft_truncate(struct engine *engine, struct replica *draft, uint64_t size);
+/* A descriptor of an empty draft's bytes, for the kernel to write and read them by itself; the engine's, valid while
+ * the draft is open. 0; -EAGAIN: not this one, not now: write it here. */
+int engine_draft_lend(struct engine *engine, struct replica *draft, int *fd);
+/* No writer can write any more, here or through the kernel; registered or not. A lent draft is served, and gets its
+ * digest, only from then on. */
+void engine_draft_written(struct engine *engine, struct replica *draft);
+/* When the kernel last wrote to a lent draft, ns since the epoch; 0: it does not. */
+int64_t engine_draft_mtime(struct replica *draft);
 /* Marks the draft as failed: it will never be registered (its writer was killed). */
 void engine_draft_fail(struct replica *draft, int error);
-/* Digests what is not digested yet and publishes the version under the name (catalog_publish). On success the draft is
+/* Digests what is not digested yet (of a lent draft: later) and publishes the version under the name (catalog_publish). On success the draft is
  * an ordinary complete replica, held and served by this node. `entry` is borrowed. */
 int engine_draft_register(struct engine *engine, struct replica *draft, uint64_t parent,
                           const char *name, uint64_t id, const struct model_attr *attr,

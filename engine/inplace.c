@@ -36,7 +36,9 @@ static void withdrawn(void *arg, int status, const struct model_entry *entry)
 /* What it is, for the log. */
 static const char *origin(const struct replica *replica)
 {
-    return replica->extents ? "memory of this program" : replica->version.origin_path;
+    return replica->extents               ? "memory of this program"
+           : replica->version.origin_path ? replica->version.origin_path
+                                          : "a file that was written here";
 }
 
 /* The cluster must not be sent here again; readers get EIO from now on. Said once. */
@@ -67,7 +69,7 @@ static void changed(struct replica *replica, const char *what)
 static int check_path(struct replica *replica)
 {
     struct stat st;
-    if (replica->extents) {
+    if (replica->extents || !replica->inplace) {
         return 0;
     }
     if (stat(replica->version.origin_path, &st) < 0) {
@@ -84,6 +86,9 @@ static int check_path(struct replica *replica)
 
 int inplace_open(struct replica *replica)
 {
+    if (!replica->inplace) {
+        return 0; /* nobody else has its file */
+    }
     pthread_mutex_lock(&replica->lock);
     bool open_now = replica->fd >= 0;
     bool stale = replica->changed;
@@ -191,11 +196,12 @@ static int shard_read(struct replica *replica, uint32_t shard, uint8_t *buffer, 
     size_t count = 0;
     for (uint64_t at = 0; at < length; at += DIGEST_LEAF) {
         size_t piece = length - at < DIGEST_LEAF ? length - at : DIGEST_LEAF;
-        int status = bytes_read(replica, buffer, piece, offset + at);
+        int status = replica->map ? 0 : bytes_read(replica, buffer, piece, offset + at);
         if (status < 0) {
             return status;
         }
-        replica->digest->hash(buffer, piece, leaves + count++ * replica->digest->size);
+        const uint8_t *leaf = replica->map ? replica->map + offset + at : buffer;
+        replica->digest->hash(leaf, piece, leaves + count++ * replica->digest->size);
     }
     digest_shard_from_leaves(replica->digest, leaves, count, digest);
     return check_path(replica);

@@ -16,7 +16,8 @@ int inplace_read(struct replica *replica, uint64_t offset, size_t length, void *
 /* Closes the file when nobody reads it: whoever was an open, a user or a grant less calls it. Any thread; nothing to do
  * for a replica that does not lie in place. */
 void inplace_idle(struct replica *replica);
-/* Digests all shards in the background, then seals the version in the metadata. */
+/* Digests all shards in the background, then seals the version in the metadata. Also for a replica of ours that is
+ * LIVE without a digest (direct.h). */
 void inplace_hash_start(struct replica *replica);
 
 /* A version that describes the file as it is now. -EINVAL: not a regular file; else as open(2). */

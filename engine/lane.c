@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <utlist.h>
 
+#include "engine/direct.h"
 #include "engine/peers.h"
 #include "engine/pull.h"
 #include "engine/serve.h"
@@ -22,6 +23,9 @@ static void tick(struct loop_timer *timer)
     supplier_tick(lane, now);
     pull_tick(lane, now);
     serve_tick(lane, now);
+    if (lane->index == 0) {
+        direct_tick(lane->engine);
+    }
     if (lane->index == 0 && now - lane->trimmed_ns > LANE_TRIM_NS) {
         lane->trimmed_ns = now;
         storage_trim(lane->engine->storage, UINT64_MAX);

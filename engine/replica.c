@@ -10,6 +10,7 @@
 #include "engine/cache.h"
 #include "engine/crowd.h"
 #include "engine/digest.h"
+#include "engine/direct.h"
 #include "engine/draft.h"
 #include "engine/extents.h"
 #include "engine/lane.h"
@@ -61,12 +62,14 @@ void replica_put(struct replica *replica)
     if (!replica || atomic_fetch_sub_explicit(&replica->references, 1, memory_order_acq_rel) != 1) {
         return;
     }
+    direct_forget(replica->draft);
     draft_free(replica->draft);
     storage_unmap(replica->map, replica->version.size);
     cache_unreserve(replica->engine->cache, replica);
     if (replica->fd >= 0 && !replica->inplace && !replica->torn && !replica->lent) {
         storage_give_back(replica->engine->storage, replica->fd, replica->version.size);
     } else if (replica->fd >= 0) {
+        (void)storage_direct_fills(replica->engine->storage);
         close(replica->fd);
     }
     extents_free(replica->extents);
@@ -136,7 +139,7 @@ bool replica_servable(const struct replica *replica)
 {
     bool fixed = replica->phase == REPLICA_LIVE || replica->phase == REPLICA_DOOMED ||
                  (replica->phase == REPLICA_SEALING && replica->version.sealed);
-    return fixed && !replica->changed;
+    return fixed && !replica->changed && !replica->loose;
 }
 
 bool replica_complete(const struct replica *replica)

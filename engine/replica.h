@@ -67,10 +67,11 @@ struct replica {
     bool pinned;
     bool inplace;
     struct extents *extents; /* the bytes lie in memory of the program; NULL: in a file. Fixed */
-    bool torn; /* a grant ended before its peer was done: pages may still be on their way to it */
-    bool lent; /* the kernel may have mapped its pages into processes that nothing is known of */
+    bool torn;  /* a grant ended before its peer was done: pages may still be on their way to it */
+    bool lent;  /* the kernel may have mapped its pages into processes that nothing is known of */
+    bool loose; /* the kernel may still write its bytes; see direct.h */
     bool changed; /* in place: the local file is not what was registered */
-    bool hashing; /* in place: the background pass runs */
+    bool hashing; /* the background pass over what was registered without a digest runs */
 
     struct engine_waiter *waiters; /* doubly linked, in order of arrival (utlist) */
     uint32_t cursor;

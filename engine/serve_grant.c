@@ -143,7 +143,7 @@ static void grant_expose(struct session *s, struct grant *grant)
     }
 }
 
-/* A shard that lies in a local file: a work thread makes sure that the file is what it was, that the digest is known
+/* A shard that lies in a local file, or was not digested yet: a work thread makes sure that the file is what it was, that the digest is known
  * and that the bytes are on their way from the disk; then the lane grants. It counts as a user, for the peer may detach
  * meanwhile, and the file must stay open. */
 struct prepare_job {
@@ -216,6 +216,15 @@ static void prepare_start(struct session *s, struct grant *grant)
     work_post_urgent(engine->work, &prepare->job);
 }
 
+static bool unprepared(const struct grant *grant)
+{
+    struct replica *replica = grant->replica;
+    pthread_mutex_lock(&replica->lock);
+    bool is = replica->inplace || !replica_digest_known(replica, grant->shard);
+    pthread_mutex_unlock(&replica->lock);
+    return is;
+}
+
 /* Whose turn it is, as its own lane will find it. */
 struct turn {
     struct lane *lane;
@@ -234,7 +243,7 @@ static void turn_take(struct lane *lane, const struct turn *turn)
     if (!grant || grant->serial != turn->grant) {
         return; /* given up meanwhile, and its slot with it */
     }
-    if (grant->replica->inplace) {
+    if (unprepared(grant)) {
         prepare_start(s, grant);
     } else {
         grant_expose(s, grant);

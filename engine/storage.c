@@ -4,12 +4,14 @@
 #include <fcntl.h>
 #include <linux/mount.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include "meta/base/util.h"
@@ -37,7 +39,9 @@ struct spare {
 
 struct storage {
     enum storage_type type;
-    int mount; /* O_PATH-like descriptor of the tmpfs or the directory; -1 for memfd */
+    int mount;  /* O_PATH-like descriptor of the tmpfs or the directory; -1 for memfd */
+    int direct; /* the same of the tmpfs for writers that are not seen; -1: none */
+    atomic_uint direct_fills; /* how often that was found full */
     char why[128];
     uint64_t spare_limit;
     pthread_mutex_t lock; /* guards the spares */
@@ -55,17 +59,15 @@ static int fs_config(int fs, unsigned command, const char *key, const char *valu
     return (int)syscall(SYS_fsconfig, fs, command, key, value, 0);
 }
 
-static int tmpfs_mount(uint64_t limit)
+static int tmpfs_mount(uint64_t limit, uint64_t slack, const char *huge)
 {
     util_autoclose int fs = fs_open("tmpfs");
     if (fs < 0) {
         return -errno;
     }
     char size[32];
-    /* One huge page of slack per open file is not counted by the cache, so leave some. */
-    snprintf(size, sizeof size, "%llu",
-             (unsigned long long)(limit + limit / 64 + 64 * STORAGE_HUGE));
-    if (fs_config(fs, FSCONFIG_SET_STRING, "huge", "within_size") < 0 ||
+    snprintf(size, sizeof size, "%llu", (unsigned long long)(limit + slack));
+    if (fs_config(fs, FSCONFIG_SET_STRING, "huge", huge) < 0 ||
         fs_config(fs, FSCONFIG_SET_STRING, "size", size) < 0 ||
         fs_config(fs, FSCONFIG_SET_STRING, "nr_inodes", "0") < 0 ||
         fs_config(fs, FSCONFIG_SET_STRING, "mode", "0700") < 0) {
@@ -116,6 +118,7 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
         return -ENOMEM;
     }
     pthread_mutex_init(&s->lock, NULL);
+    s->direct = -1;
     for (unsigned i = 0; i < STORAGE_SPARES; i++) {
         s->spares[i].fd = -1;
     }
@@ -140,7 +143,10 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
         return 0;
     }
     s->type = STORAGE_TMPFS;
-    s->mount = tmpfs_mount(limit);
+    /* One huge page of slack per open file is not counted by the cache, so leave some. */
+    s->mount = tmpfs_mount(limit, limit / 64 + 64 * STORAGE_HUGE, "within_size");
+    /* What is evicted for such a writer goes while it writes on; and nobody knows how large a file will get. */
+    s->direct = s->mount >= 0 ? tmpfs_mount(limit, limit / 4, "always") : -1;
     if (s->mount < 0) {
         snprintf(s->why, sizeof s->why,
                  "a tmpfs of its own could not be made (%s); needs CAP_SYS_ADMIN and Linux 5.2",
@@ -160,6 +166,9 @@ void storage_close(struct storage *storage)
     storage_trim(storage, 0);
     if (storage->mount >= 0) {
         close(storage->mount);
+    }
+    if (storage->direct >= 0) {
+        close(storage->direct);
     }
     pthread_mutex_destroy(&storage->lock);
     free(storage);
@@ -183,6 +192,34 @@ int storage_file(struct storage *storage, const char *name)
                  ? memfd_create(name, MFD_CLOEXEC)
                  : openat(storage->mount, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     return fd < 0 ? -errno : fd;
+}
+
+int storage_file_direct(struct storage *storage)
+{
+    if (storage->direct < 0) {
+        return -EOPNOTSUPP;
+    }
+    int fd = openat(storage->direct, ".", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    return fd < 0 ? -errno : fd;
+}
+
+void storage_direct_fit(int fd, uint64_t size)
+{
+    uint64_t end = storage_charge(size);
+    uint64_t rest = (STORAGE_HUGE - end % STORAGE_HUGE) % STORAGE_HUGE;
+    if (rest) {
+        (void)fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)end, (off_t)rest);
+    }
+}
+
+unsigned storage_direct_fills(struct storage *storage)
+{
+    struct statfs now;
+    if (storage->direct >= 0 && fstatfs(storage->direct, &now) == 0 &&
+        (uint64_t)now.f_bavail * (uint64_t)now.f_bsize < STORAGE_HUGE) {
+        return atomic_fetch_add(&storage->direct_fills, 1) + 1;
+    }
+    return atomic_load(&storage->direct_fills);
 }
 
 /* The largest spare, out of the table; -1: none. */

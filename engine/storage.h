@@ -22,6 +22,14 @@ int storage_file(struct storage *storage, const char *name);
 /* A file of `size` bytes for bytes that will all be written before they are read: a spare one when there is one, so
  * that its pages need not be cleared again; what it holds until then is somebody else's. The caller closes it. */
 int storage_file_dirty(struct storage *storage, const char *name, uint64_t size);
+/* An empty unnamed file that is written without this process: on a second tmpfs, whose size is all that stops such a
+ * writer, so that it takes no room that others were promised. -EOPNOTSUPP: no tmpfs. */
+int storage_file_direct(struct storage *storage);
+/* Gives back what lies in its last huge page behind its `size` bytes. */
+void storage_direct_fit(int fd, uint64_t size);
+/* How often that tmpfs was found full, this look included: another number than before means that a write may have
+ * failed unseen. Who makes room there looks first. */
+unsigned storage_direct_fills(struct storage *storage);
 /* Takes a file that nobody maps, reads or sends from any more, as a spare for the next; small ones, and what would be
  * too much, are closed. Never a file whose descriptor has left this process. */
 void storage_give_back(struct storage *storage, int fd, uint64_t size);

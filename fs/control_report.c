@@ -92,6 +92,7 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_text(out, "io_path", through.enabled ? "passthrough" : "buffered");
     json_put_text(out, "io_path_why", through.why);
     json_put_u64(out, "passthrough_opens", through.opens);
+    json_put_u64(out, "passthrough_creates", through.creates);
 }
 
 void control_status_put(struct control *control, struct json_out *out)

@@ -34,7 +34,8 @@ struct fresh {
     char *name; /* NULL: unlinked */
     char *key;  /* parent and name, in the table while there is a name */
     size_t key_length;
-    bool reattributed; /* attributes were set while it was being registered */
+    int64_t seen_mtime_ns; /* of what the kernel wrote by itself */
+    bool reattributed;     /* attributes were set while it was being registered */
     struct model_attr attr;
     struct replica *replica; /* NULL: dropped */
     unsigned handles, writers;
@@ -308,11 +309,21 @@ bool fresh_is(struct house *house, const struct inode *inode)
     return is;
 }
 
+/* A write that the kernel did by itself changes the time, until somebody sets it. Called with the
+ * lock. */
+static void mtime_look(struct fresh *draft)
+{
+    int64_t mtime_ns = draft->replica == NULL ? 0 : engine_draft_mtime(draft->replica);
+    if (mtime_ns != 0 && mtime_ns != draft->seen_mtime_ns)
+        draft->attr.mtime_ns = draft->seen_mtime_ns = mtime_ns;
+}
+
 void fresh_stat(struct house *house, struct inode *inode, struct stat *out)
 {
     struct fresh *draft = inode->draft;
     pthread_mutex_lock(&house->fresh->lock);
     uint64_t size = draft->replica == NULL ? 0 : fresh_size(house, draft->replica);
+    mtime_look(draft);
     inode_stat_fill(INODE_FILE, inode->key.id, &draft->attr, size, draft->name != NULL, out);
     pthread_mutex_unlock(&house->fresh->lock);
 }
@@ -322,6 +333,7 @@ void fresh_setattr(struct house *house, struct inode *inode, unsigned mask,
 {
     struct fresh *draft = inode->draft;
     pthread_mutex_lock(&house->fresh->lock);
+    mtime_look(draft);
     inode_attr_merge(&draft->attr, mask, attr);
     draft->reattributed = draft->state == FRESH_REGISTERING;
     pthread_mutex_unlock(&house->fresh->lock);
@@ -476,6 +488,7 @@ static void registered(void *arg, int status, const struct model_entry *entry)
 static void fresh_register(struct fresh *draft)
 {
     struct house *house = draft->house;
+    mtime_look(draft);
     struct model_attr attr = draft->attr;
     unsigned flags = house->options.allow_overwrite ? CATALOG_OVERWRITE : 0;
     draft->state = FRESH_REGISTERING;
@@ -564,6 +577,8 @@ void fresh_close(struct house *house, struct inode *inode, bool writes)
     pthread_mutex_lock(&drafts->lock);
     draft->handles--;
     draft->writers -= writes;
+    if (writes && draft->writers == 0 && draft->replica != NULL)
+        engine_draft_written(house->engine, draft->replica);
     if (writes && draft->writers == 0 && draft->state == FRESH_WRITING && draft->name != NULL) {
         /* The last descriptor was shared when it was closed, or a mapping has outlived it. */
         int status = 0;

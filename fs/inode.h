@@ -61,7 +61,9 @@ struct inode {
     UT_hash_handle hh;
 };
 
-#define INODE_BLOCK (1u << 20) /* st_blksize: cp writes in pieces of this size, one request each */
+/* st_blksize: cp writes in pieces of this size. A huge page of tmpfs that is written at once
+ * need not be cleared before. */
+#define INODE_BLOCK (2u << 20)
 
 /* root: owner and mode of the mount's own directory. */
 int inodes_open(struct catalog *catalog, const struct model_attr *root, struct inodes **inodes);

@@ -82,13 +82,9 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
                               .draft = fresh_is(house, inode),
                               .writes = mode != O_RDONLY || (flags & O_CREAT) != 0,
                               .mappable = mode == O_RDWR};
-    rc = handle->draft ? through_enter(house, handle) : 0;
-    if (rc == 0 && handle->draft)
-        rc = fresh_open(house, inode, handle->writes, &handle->replica);
-    else if (rc == 0)
-        rc = engine_replica_open(house->engine, &inode->key.version, &handle->replica);
+    rc = handle->draft ? fresh_open(house, inode, handle->writes, &handle->replica)
+                       : engine_replica_open(house->engine, &inode->key.version, &handle->replica);
     if (rc != 0) {
-        through_leave(house, handle, NULL);
         free(handle);
         /* The version has lost its name since the lookup: the kernel shall look again. */
         return rc == -ENOENT ? -ESTALE : rc;
@@ -149,15 +145,14 @@ void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
         rc = open_to_write(house, inode, fi->flags);
     else
         rc = read_handle_new(house, inode, fuse_req_ctx(req), fi->flags & ~O_CREAT, &handle);
-    if (rc == 0 && (fi->flags & O_TRUNC) != 0) {
-        rc = fresh_truncate(house, inode, 0);
-    }
     fi->fh = (uintptr_t)handle;
     fi->keep_cache =
         1; /* a version's bytes never change, and a draft's change through the kernel only */
     fi->noflush = handle != NULL && !handle->writes;
     if (rc == 0)
         rc = through_try(req, house, handle, fi);
+    if (rc == 0 && (fi->flags & O_TRUNC) != 0)
+        rc = fresh_truncate(house, inode, 0);
     if (rc != 0) {
         if (handle != NULL)
             read_handle_free(house, handle, req);

@@ -16,7 +16,7 @@ struct through {
     pthread_mutex_t lock; /* guards all below, and every inode's struct inode_io */
     bool enabled;
     char why[sizeof(((struct through_status *)0)->why)];
-    uint64_t opens;
+    uint64_t opens, creates;
 };
 
 int through_open(struct through **out)
@@ -138,13 +138,33 @@ static void count_buffered(struct handle *handle)
     handle->way = HANDLE_BUFFERED;
 }
 
-int through_enter(struct house *house, struct handle *handle)
+/* Called with the lock. */
+static void count_through(struct handle *handle, struct fuse_file_info *fi)
 {
-    pthread_mutex_lock(&house->through->lock);
-    int rc = handle->inode->io.through > 0 ? -ESTALE : 0;
-    if (rc == 0)
+    handle->inode->io.through++;
+    handle->way = HANDLE_THROUGH;
+    fill_in(fi, handle->inode->io.backing);
+}
+
+int through_draft(fuse_req_t req, struct house *house, struct handle *handle,
+                  struct fuse_file_info *fi)
+{
+    struct through *through = house->through;
+    struct inode_io *io = &handle->inode->io;
+    int rc = 0, fd = -1;
+    pthread_mutex_lock(&through->lock);
+    if (io->through == 0 && io->buffered == 0 && through->enabled && handle->writes &&
+        !handle->mappable && engine_draft_lend(house->engine, handle->replica, &fd) == 0) {
+        io->backing = backing_open(through, req, fd);
+        through->creates += io->backing != 0;
+    }
+    if (io->backing == 0)
         count_buffered(handle);
-    pthread_mutex_unlock(&house->through->lock);
+    else if (handle->mappable)
+        rc = -EBUSY; /* its mapping could change the bytes for ever after, unseen */
+    else
+        count_through(handle, fi);
+    pthread_mutex_unlock(&through->lock);
     return rc;
 }
 
@@ -165,10 +185,8 @@ static int try_locked(fuse_req_t req, struct through *through, struct handle *ha
         count_buffered(handle);
         return 0;
     }
-    io->through++;
-    handle->way = HANDLE_THROUGH;
     through->opens++;
-    fill_in(fi, io->backing);
+    count_through(handle, fi);
     return 0;
 }
 
@@ -176,7 +194,7 @@ int through_try(fuse_req_t req, struct house *house, struct handle *handle,
                 struct fuse_file_info *fi)
 {
     if (handle->draft)
-        return 0;
+        return through_draft(req, house, handle, fi);
     struct through *through = house->through;
     pthread_mutex_lock(&through->lock);
     bool wanted = through->enabled || handle->inode->io.through > 0;
@@ -214,7 +232,8 @@ void through_leave(struct house *house, struct handle *handle, fuse_req_t req)
 void through_status(struct through *through, struct through_status *out)
 {
     pthread_mutex_lock(&through->lock);
-    *out = (struct through_status){.enabled = through->enabled, .opens = through->opens};
+    *out = (struct through_status){
+        .enabled = through->enabled, .opens = through->opens, .creates = through->creates};
     if (!through->enabled)
         memcpy(out->why, through->why, sizeof(out->why));
     pthread_mutex_unlock(&through->lock);

@@ -11,6 +11,7 @@
 #include "fs/read.h"
 #include "fs/reply.h"
 #include "fs/report.h"
+#include "fs/through.h"
 #include "meta/base/log.h"
 
 /* ---- making ---- */
@@ -53,6 +54,7 @@ void write_create(fuse_req_t req, fuse_ino_t nodeid, const char *name, mode_t mo
     }
     fi->fh = (uintptr_t)handle;
     fi->keep_cache = 1;
+    (void)through_draft(req, house, handle, fi);
     if (reply_created(req, inode, fi) != 0) {
         fresh_unlink(house, parent->key.id, name); /* whoever wanted it is gone */
         read_handle_free(house, handle, NULL);

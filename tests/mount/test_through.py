@@ -6,9 +6,13 @@
 import collections
 import ctypes
 import errno
+import json
 import mmap
 import multiprocessing
 import os
+import socket
+import subprocess
+import time
 
 import pytest
 from harness.data import pattern
@@ -199,15 +203,174 @@ def test_what_is_read_through_cannot_be_written(through):
             mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_WRITE)
 
 
-def test_files_being_written_are_not_its_business(through):
+def creates(node):
+    return node.status()["passthrough_creates"]
+
+
+def read_all(path):
+    with open(path, "rb", buffering=0) as file:
+        return file.readall()
+
+
+def test_what_is_opened_for_writing_alone_is_written_through(through, tmp_path):
+    a, b = through
+    data = pattern(SIZE, 13)
+    (tmp_path / "source").write_bytes(data)
+    subprocess.run(["cp", tmp_path / "source", a.path("f")], check=True)
+    assert creates(a) == 1
+    assert read_all(a.path("f")) == data
+    eventually(b.path("f").exists, what="f on b")
+    assert b.path("f").read_bytes() == data
+    eventually(lambda: json.loads(run_p2pfs("info", "--json", a.path("f")).stdout)["sealed"], what="its digest")
+    eventually(lambda: json.loads(run_p2pfs("info", "--json", b.path("f")).stdout)["sealed"], what="its digest on b")
+    # what has not been digested yet is pulled all the same
+    (tmp_path / "source").write_bytes(data[::-1])
+    for k in range(5):
+        subprocess.run(["cp", tmp_path / "source", a.path(f"again{k}")], check=True)
+        eventually(b.path(f"again{k}").exists, what="it on b")
+        assert b.path(f"again{k}").read_bytes() == data[::-1]
+    assert creates(a) == 6
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4 * MIB - 1, 4 * MIB, 9 * MIB + 5])
+def test_written_through_in_any_order(through, size):
+    a, b = through
+    data = bytearray(size)
+    file = os.open(a.path("f"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+    for seed, at in enumerate(range(size - 1, 0, -max(1, size // 7))):
+        piece = pattern(min(70000, size - at), 20 + seed)
+        assert os.pwrite(file, piece, at) == len(piece)
+        data[at : at + len(piece)] = piece
+        assert os.fstat(file).st_size == size
+    os.ftruncate(file, size // 2)
+    del data[size // 2 :]
+    assert a.path("f").stat().st_size == size // 2
+    assert read_all(a.path("f")) == data
+    with open(a.path("f"), "ab") as more:  # a second writer, who appends
+        more.write(b"the end")
+    data += b"the end"
+    os.fsync(file)
+    os.posix_fallocate(file, 0, len(data) + 4000)
+    data += bytes(4000)
+    eventually(lambda: a.path("f").exists() and not b.path("f").exists(), what="only a knows it")
+    os.close(file)
+    assert creates(a) == 1
+    assert read_all(a.path("f")) == data
+    assert a.path("f").stat().st_mode & 0o777 == 0o640
+    eventually(b.path("f").exists, what="f on b")
+    assert b.path("f").read_bytes() == data
+    with pytest.raises(PermissionError):
+        os.open(a.path("f"), os.O_WRONLY)
+
+
+def test_times_of_what_is_written_through(through):
     a, _ = through
+    with open(a.path("f"), "wb", buffering=0) as file:
+        begun = os.fstat(file.fileno()).st_mtime_ns
+        time.sleep(0.02)
+        file.write(pattern(5 * MIB, 40))
+        assert os.fstat(file.fileno()).st_mtime_ns > begun
+        os.utime(file.fileno(), ns=(10**18, 10**18))
+        assert os.fstat(file.fileno()).st_mtime_ns == 10**18
+    assert a.path("f").stat().st_mtime_ns == 10**18
+    with open(a.path("g"), "wb", buffering=0) as file:
+        os.utime(file.fileno(), ns=(10**18, 10**18))
+        file.write(b"later")
+    assert a.path("g").stat().st_mtime_ns > 10**18
+
+
+def test_who_writes_through_and_is_killed_registers_nothing(through):
+    a, b = through
+    writer = subprocess.Popen(["sh", "-c", f"exec dd if=/dev/zero bs=1M count=8 of={a.path('f')} && kill -9 $$"])
+    writer.wait()
+    writer = subprocess.Popen(["dd", "if=/dev/zero", "bs=1M", f"of={a.path('g')}", "count=100000"])
+    eventually(lambda: a.path("g").exists() and a.path("g").stat().st_size > 8 * MIB, what="some of it")
+    writer.kill()
+    writer.wait()
+    eventually(lambda: not a.path("g").exists(), what="the name is gone")
+    assert creates(a) == 2
+    assert "g: not registered" in a.log
+    eventually(b.path("f").exists, what="f on b")
+    assert not b.path("g").exists()
+
+
+def test_readers_and_mappings_of_what_is_written_through(through):
+    a, _ = through
+    data = pattern(6 * MIB, 41)
+    with open(a.path("f"), "wb", buffering=0) as file:
+        file.write(data)
+        with open(a.path("f"), "rb", buffering=0) as reader:
+            kept = mapped(reader)
+            assert kept[:] == data
+            file.seek(100)
+            file.write(b"changed")
+            assert kept[100:107] == b"changed"
+        with pytest.raises(OSError) as caught:  # could change the bytes for ever after
+            os.open(a.path("f"), os.O_RDWR)
+        assert caught.value.errno == errno.EBUSY
+    data = data[:100] + b"changed" + data[107:]
+    assert kept[:] == data
+    assert read_all(a.path("f")) == data
+    a.path("f").unlink()
+    assert kept[:] == data
+    kept.close()
+
+
+def test_what_is_opened_to_be_mapped_is_written_by_way_of_the_daemon(through):
+    a, b = through
     with open(a.path("f"), "w+b") as file:
         file.write(b"being written")
         file.flush()
         assert a.path("f").read_bytes() == b"being written"
-    assert opens(a) == 0
-    assert a.path("f").read_bytes() == b"being written"
+        with open(a.path("f"), "r+b") as second, open(a.path("f"), "ab") as third:
+            second.write(b"BEING")
+            third.write(b" by three")
+    assert (opens(a), creates(a)) == (0, 0)
+    assert a.path("f").read_bytes() == b"BEING written by three"
     assert opens(a) == 1
+    eventually(b.path("f").exists, what="f on b")
+
+
+def test_a_descriptor_that_nobody_knew_of_cannot_part_the_nodes(through):
+    """It is on its way through a socket when the file is closed, so that no process has it."""
+    a, b = through
+    data = pattern(6 * MIB, 42)
+    here, there = socket.socketpair()
+    file = os.open(a.path("f"), os.O_WRONLY | os.O_CREAT)
+    os.write(file, data)
+    socket.send_fds(here, [b"x"], [file])
+    os.close(file)
+    eventually(b.path("f").exists, what="it is registered")
+    late = socket.recv_fds(there, 1, 1)[1][0]
+    os.pwrite(late, b"late", 0)
+    os.pwrite(late, b"late", 7 * MIB)
+    os.close(late)
+    eventually(lambda: json.loads(run_p2pfs("info", "--json", a.path("f")).stdout)["sealed"], what="its digest")
+    assert "what was added is cut off" in a.log
+    assert read_all(a.path("f")) == b"late" + data[4:]
+    assert b.path("f").read_bytes() == b"late" + data[4:]
+    here.close()
+    there.close()
+
+
+def test_a_full_cache_stops_who_writes_through(cluster):
+    """Nothing of it is registered, though the room comes back before the writer's close."""
+    node = cluster.node(cache_size="2G")
+    if node.status()["io_path"] != "passthrough":
+        pytest.skip("no FUSE passthrough here")
+    written = 0
+    piece = bytes(64 * MIB)
+    file = os.open(node.path("f"), os.O_WRONLY | os.O_CREAT)
+    with pytest.raises(OSError) as caught:
+        while written < 4 << 30:
+            written += os.write(file, piece)
+    assert caught.value.errno == errno.ENOSPC
+    assert (2 << 30) <= written < (3 << 30)
+    with pytest.raises(OSError) as caught:
+        os.close(file)
+    assert caught.value.errno == errno.ENOSPC
+    assert not node.path("f").exists()
+    assert "cache is full" in node.log
 
 
 def test_it_can_be_turned_off(two):

@@ -133,6 +133,42 @@ static void a_directory_takes_files_too(void **state)
     free(error);
 }
 
+/* Of files that are written unseen, on a tmpfs that can be full. */
+static void what_is_full_is_told_of(void **state)
+{
+    struct storage *small = NULL;
+    char *error = NULL;
+    struct stat st;
+    (void)state;
+    assert_int_equal(storage_open(64 * MIB, NULL, &small, &error), 0);
+    int fd = storage_file_direct(small);
+    if (fd == -EOPNOTSUPP) {
+        storage_close(small);
+        skip(); /* no tmpfs of its own here */
+    }
+    assert_true(fd >= 0);
+    assert_int_equal(pwrite(fd, "x", 1, 5 * MIB), 1);
+    storage_direct_fit(fd, 5 * MIB + 1);
+    assert_int_equal(fstat(fd, &st), 0);
+    assert_int_equal(st.st_size, 5 * MIB + 1);
+    assert_true((uint64_t)st.st_blocks * 512 < 2 * MIB);
+
+    unsigned before = storage_direct_fills(small);
+    assert_int_equal(storage_direct_fills(small), before);
+    uint8_t piece[4096] = {1};
+    off_t at = 0;
+    while (pwrite(fd, piece, sizeof piece, at) == (ssize_t)sizeof piece && at < 1024 * (off_t)MIB) {
+        at += (off_t)sizeof piece;
+    }
+    assert_int_equal(errno, ENOSPC);
+    assert_in_range(at, 64 * MIB, 100 * MIB);
+    unsigned full = storage_direct_fills(small);
+    assert_true(full > before);
+    close(fd);
+    assert_int_equal(storage_direct_fills(small), full);
+    storage_close(small);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -143,6 +179,7 @@ int main(void)
                                         close_memory),
         cmocka_unit_test_setup_teardown(spares_end_when_there_are_too_many_or_room_is_needed,
                                         open_memory, close_memory),
+        cmocka_unit_test(what_is_full_is_told_of),
         cmocka_unit_test(a_directory_takes_files_too),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
