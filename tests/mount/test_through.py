@@ -385,3 +385,32 @@ def test_it_can_be_turned_off(two):
     status = b.status()
     assert (status["io_path"], status["passthrough_opens"]) == ("buffered", 0)
     assert "P2PFS_NO_PASSTHROUGH" in status["io_path_why"]
+
+
+def overlaid(node, tmp_path, name):
+    """Whether an overlayfs can have the mount as its lower layer."""
+    upper, work, merged = (tmp_path / f"{name}-{part}" for part in ("upper", "work", "merged"))
+    for directory in (upper, work, merged):
+        directory.mkdir()
+    layers = f"lowerdir={node.dir},upperdir={upper},workdir={work}"
+    done = subprocess.run(
+        ["mount", "-t", "overlay", "-o", layers, "overlay", merged], capture_output=True, check=False
+    )
+    if done.returncode == 0:
+        subprocess.run(["umount", merged], check=True)
+    return done.returncode == 0
+
+
+def test_an_overlay_lies_over_a_mount_that_reads_buffered_alone(through, tmp_path):
+    a, b = through
+    b.env["P2PFS_NO_PASSTHROUGH"] = "1"
+    b.restart()
+    where = tmp_path / "tmpfs"
+    where.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "overlay", where], check=True)
+    try:
+        if not overlaid(b, where, "buffered"):
+            pytest.skip("no overlayfs here")
+        assert not overlaid(a, where, "through")
+    finally:
+        subprocess.run(["umount", where], check=True)
