@@ -92,7 +92,7 @@ static int buffer_open(struct buffer *buffer, uint64_t size)
 struct block {
     struct transport_fetch fetch;
     uint64_t offset;
-    uint64_t begun_ns;
+    uint64_t begun_ns; /* the initiator's; 0: it has landed */
     bool verify;
 };
 
@@ -226,11 +226,12 @@ static int batch_begin(struct peer *peer)
 }
 
 /* One of ours has landed, here or there. */
-static int block_end(struct peer *peer, const struct block *block)
+static int block_end(struct peer *peer, struct block *block)
 {
     struct lane *lane = peer->lane;
     uint64_t now = util_now_ns();
     lane->result.latencies[bucket_of(now - block->begun_ns)]++;
+    block->begun_ns = 0;
     lane->result.blocks++;
     if (--lane->under_way > 0)
         return 0;
@@ -290,7 +291,7 @@ static int message_take(struct peer *peer, const void *bytes, size_t size)
         length > room - offset || offset % 8 || length % 8)
         return -EPROTO;
     struct block *block = &peer->blocks[id];
-    if (ours && (offset != block->offset || length != block->fetch.length))
+    if (ours && (offset != block->offset || length != block->fetch.length || !block->begun_ns))
         return -EPROTO;
     if (kind == KIND_DONE)
         return done_take(peer, id, &b);

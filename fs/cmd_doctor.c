@@ -1,4 +1,3 @@
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <fuse_lowlevel.h>
@@ -18,6 +17,7 @@
 #include "engine/transport.h"
 #include "fs/cmd_tools.h"
 #include "fs/control.h"
+#include "fs/doctor.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 #include "p2pfs_config.h"
@@ -26,20 +26,8 @@
 #define NOFILE_WANTED  16384
 #define TMPFS_TRY_SIZE (64u << 20)
 
-enum level { GOOD, WARN, STOP };
-
-struct doctor {
-    bool as_json;
-    struct json_out out;
-    bool stops; /* something would keep a mount from working */
-};
-
-/* One finding: what was looked at, what was seen, and what to do about it (NULL: nothing). */
-static void find(struct doctor *doctor, enum level level, const char *what, const char *remedy,
-                 const char *format, ...) __attribute__((format(printf, 5, 6)));
-
-static void find(struct doctor *doctor, enum level level, const char *what, const char *remedy,
-                 const char *format, ...)
+void doctor_find(struct doctor *doctor, enum doctor_level level, const char *what,
+                 const char *remedy, const char *format, ...)
 {
     static const char *const names[] = {[GOOD] = "good", [WARN] = "warn", [STOP] = "STOP"};
     static const char *const keys[] = {[GOOD] = "good", [WARN] = "warn", [STOP] = "stop"};
@@ -63,8 +51,7 @@ static void find(struct doctor *doctor, enum level level, const char *what, cons
         printf("%*s-> %s\n", 23, "", remedy);
 }
 
-/* The first line of a small file, without its newline; "" when there is none. */
-static void line_read(const char *path, char *out, size_t size)
+void doctor_line(const char *path, char *out, size_t size)
 {
     util_autoclose int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t got = fd < 0 ? -1 : read(fd, out, size - 1);
@@ -92,15 +79,15 @@ static void check_fuse(struct doctor *doctor)
 {
     util_autoclose int fd = open("/dev/fuse", O_RDWR | O_CLOEXEC);
     if (fd >= 0)
-        find(doctor, GOOD, "/dev/fuse", NULL, "can be opened");
+        doctor_find(doctor, GOOD, "/dev/fuse", NULL, "can be opened");
     else if (errno == ENOENT || errno == ENODEV || errno == ENXIO)
-        find(doctor, STOP, "/dev/fuse",
-             "modprobe fuse; in a container: start it with --device /dev/fuse", "%s",
-             strerror(errno));
+        doctor_find(doctor, STOP, "/dev/fuse",
+                    "modprobe fuse; in a container: start it with --device /dev/fuse", "%s",
+                    strerror(errno));
     else
-        find(doctor, STOP, "/dev/fuse",
-             "chmod 666 /dev/fuse; in a container: --device /dev/fuse --cap-add SYS_ADMIN", "%s",
-             strerror(errno));
+        doctor_find(doctor, STOP, "/dev/fuse",
+                    "chmod 666 /dev/fuse; in a container: --device /dev/fuse --cap-add SYS_ADMIN",
+                    "%s", strerror(errno));
 }
 
 static void check_mounting(struct doctor *doctor)
@@ -109,14 +96,14 @@ static void check_mounting(struct doctor *doctor)
     bool root = geteuid() == 0;
     char line[64] = "";
     if (helper)
-        find(doctor, GOOD, "fusermount3", NULL, "is in PATH");
+        doctor_find(doctor, GOOD, "fusermount3", NULL, "is in PATH");
     else if (root)
-        find(doctor, WARN, "fusermount3",
-             "apt install fuse3, if users other than root are to mount or unmount",
-             "is not in PATH; root does not need it");
+        doctor_find(doctor, WARN, "fusermount3",
+                    "apt install fuse3, if users other than root are to mount or unmount",
+                    "is not in PATH; root does not need it");
     else
-        find(doctor, STOP, "fusermount3", "apt install fuse3, or mount as root",
-             "is not in PATH, and only root mounts without it");
+        doctor_find(doctor, STOP, "fusermount3", "apt install fuse3, or mount as root",
+                    "is not in PATH, and only root mounts without it");
     if (root)
         return;
     FILE *conf = fopen("/etc/fuse.conf", "re");
@@ -126,8 +113,8 @@ static void check_mounting(struct doctor *doctor)
     if (conf)
         fclose(conf);
     if (!allowed)
-        find(doctor, WARN, "allow_other", "put user_allow_other into /etc/fuse.conf",
-             "is refused to users other than root here");
+        doctor_find(doctor, WARN, "allow_other", "put user_allow_other into /etc/fuse.conf",
+                    "is refused to users other than root here");
 }
 
 static void check_kernel(struct doctor *doctor)
@@ -136,13 +123,14 @@ static void check_kernel(struct doctor *doctor)
     int major = 0, minor = 0;
     if (uname(&name) == 0 && sscanf(name.release, "%d.%d", &major, &minor) == 2 &&
         (major > 6 || (major == 6 && minor >= 9)))
-        find(doctor, GOOD, "kernel", NULL, "%s, new enough for FUSE passthrough%s", name.release,
-             P2PFS_HAVE_PASSTHROUGH ? "" : " (this p2pfs was built with a libfuse before 3.17)");
+        doctor_find(
+            doctor, GOOD, "kernel", NULL, "%s, new enough for FUSE passthrough%s", name.release,
+            P2PFS_HAVE_PASSTHROUGH ? "" : " (this p2pfs was built with a libfuse before 3.17)");
     else
-        find(doctor, WARN, "kernel", "Linux 6.9 or later",
-             "%s, too old for FUSE passthrough: reads are slower and keep a second copy",
-             name.release);
-    find(doctor, GOOD, "libfuse", NULL, "%s", fuse_pkgversion());
+        doctor_find(doctor, WARN, "kernel", "Linux 6.9 or later",
+                    "%s, too old for FUSE passthrough: reads are slower and keep a second copy",
+                    name.release);
+    doctor_find(doctor, GOOD, "libfuse", NULL, "%s", fuse_pkgversion());
 }
 
 static void limit_print(rlim_t limit, char out[32])
@@ -161,16 +149,17 @@ static void check_limits(struct doctor *doctor)
         limit_print(files.rlim_cur, soft);
         limit_print(files.rlim_max, hard);
         bool low = files.rlim_max != RLIM_INFINITY && files.rlim_max < NOFILE_WANTED;
-        find(doctor, low ? WARN : GOOD, "RLIMIT_NOFILE",
-             low ? "raise the hard limit (LimitNOFILE=, docker --ulimit nofile): every replica "
-                   "takes a descriptor"
-                 : NULL,
-             "soft %s, hard %s; a mount raises its own to the hard one", soft, hard);
+        doctor_find(
+            doctor, low ? WARN : GOOD, "RLIMIT_NOFILE",
+            low ? "raise the hard limit (LimitNOFILE=, docker --ulimit nofile): every replica "
+                  "takes a descriptor"
+                : NULL,
+            "soft %s, hard %s; a mount raises its own to the hard one", soft, hard);
     }
     if (getrlimit(RLIMIT_MEMLOCK, &locked) == 0) {
         limit_print(locked.rlim_cur, soft);
         limit_print(locked.rlim_max, hard);
-        find(doctor, GOOD, "RLIMIT_MEMLOCK", NULL, "soft %s, hard %s bytes", soft, hard);
+        doctor_find(doctor, GOOD, "RLIMIT_MEMLOCK", NULL, "soft %s, hard %s bytes", soft, hard);
     }
 }
 
@@ -180,15 +169,14 @@ static void check_storage(struct doctor *doctor)
     util_autofree char *error = NULL;
     int rc = storage_open(TMPFS_TRY_SIZE, NULL, &storage, &error);
     if (rc < 0)
-        find(doctor, STOP, "storage",
-             "free memory, or give the mount a cache_dir=", "replicas cannot be kept in memory: %s",
-             error ? error : strerror(-rc));
+        doctor_find(doctor, STOP, "storage", "free memory, or give the mount a cache_dir=",
+                    "replicas cannot be kept in memory: %s", error ? error : strerror(-rc));
     else if (strcmp(storage_kind(storage), "huge tmpfs") == 0)
-        find(doctor, GOOD, "storage", NULL, "huge tmpfs");
+        doctor_find(doctor, GOOD, "storage", NULL, "huge tmpfs");
     else
-        find(doctor, WARN, "storage",
-             "mount as root (CAP_SYS_ADMIN) on a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
-             "%s, slower than huge pages: %s", storage_kind(storage), storage_why(storage));
+        doctor_find(doctor, WARN, "storage",
+                    "mount as root (CAP_SYS_ADMIN) on a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
+                    "%s, slower than huge pages: %s", storage_kind(storage), storage_why(storage));
     if (rc == 0)
         storage_close(storage);
 }
@@ -198,14 +186,14 @@ static void check_loop(struct doctor *doctor)
     struct loop *loop = NULL;
     int rc = loop_open(&loop);
     if (rc < 0)
-        find(doctor, STOP, "event loop", "raise RLIMIT_NOFILE, or free memory", "%s",
-             strerror(-rc));
+        doctor_find(doctor, STOP, "event loop", "raise RLIMIT_NOFILE, or free memory", "%s",
+                    strerror(-rc));
     else if (loop_is_uring(loop))
-        find(doctor, GOOD, "event loop", NULL, "io_uring");
+        doctor_find(doctor, GOOD, "event loop", NULL, "io_uring");
     else
-        find(doctor, WARN, "event loop",
-             "sysctl kernel.io_uring_disabled=0, or a seccomp profile that allows io_uring",
-             "epoll, because io_uring is not to be had; it works, with more system calls");
+        doctor_find(doctor, WARN, "event loop",
+                    "sysctl kernel.io_uring_disabled=0, or a seccomp profile that allows io_uring",
+                    "epoll, because io_uring is not to be had; it works, with more system calls");
     if (rc == 0)
         loop_close(loop);
 }
@@ -213,45 +201,42 @@ static void check_loop(struct doctor *doctor)
 static void check_network(struct doctor *doctor)
 {
     char congestion[64], available[256];
-    line_read("/proc/sys/net/ipv4/tcp_congestion_control", congestion, sizeof(congestion));
-    line_read("/proc/sys/net/ipv4/tcp_available_congestion_control", available, sizeof(available));
-    find(doctor, GOOD, "TCP", NULL, "congestion control %s of %s; tcp_congestion= chooses another",
-         congestion[0] ? congestion : "unknown", available[0] ? available : "unknown");
+    doctor_line("/proc/sys/net/ipv4/tcp_congestion_control", congestion, sizeof(congestion));
+    doctor_line("/proc/sys/net/ipv4/tcp_available_congestion_control", available,
+                sizeof(available));
+    doctor_find(doctor, GOOD, "TCP", NULL,
+                "congestion control %s of %s; tcp_congestion= chooses another",
+                congestion[0] ? congestion : "unknown", available[0] ? available : "unknown");
 }
 
 static void check_rdma(struct doctor *doctor)
 {
-    DIR *dir = opendir("/sys/class/infiniband");
-    char devices[256] = "";
-    size_t used = 0;
-    struct dirent *entry;
-    while (dir && (entry = readdir(dir)))
-        if (entry->d_name[0] != '.' && used + strlen(entry->d_name) + 2 < sizeof(devices))
-            used += (size_t)snprintf(devices + used, sizeof(devices) - used, " %s", entry->d_name);
-    if (dir)
-        closedir(dir);
+    size_t devices = doctor_devices(doctor, "/sys");
     if (!transport_by_name("rdma"))
-        find(doctor, used ? WARN : GOOD, "RDMA", used ? "build with libibverbs-dev" : NULL,
-             "%s%s; this build has no libibverbs and uses TCP", used ? "devices:" : "no device",
-             devices);
-    else if (used && access("/dev/infiniband/rdma_cm", R_OK | W_OK) < 0)
-        find(doctor, WARN, "RDMA", "modprobe rdma_ucm; give a container --device /dev/infiniband",
-             "devices:%s; /dev/infiniband/rdma_cm: %s, so TCP is used", devices, strerror(errno));
+        doctor_find(doctor, devices ? WARN : GOOD, "RDMA",
+                    devices ? "build with libibverbs-dev" : NULL,
+                    "%zu devices; this build has no libibverbs and uses TCP", devices);
+    else if (devices && access("/dev/infiniband/rdma_cm", R_OK | W_OK) < 0)
+        doctor_find(
+            doctor, WARN, "RDMA", "modprobe rdma_ucm; give a container --device /dev/infiniband",
+            "%zu devices; /dev/infiniband/rdma_cm: %s, so TCP is used", devices, strerror(errno));
+    else if (devices)
+        doctor_find(doctor, GOOD, "RDMA", NULL, "%zu devices", devices);
     else
-        find(doctor, GOOD, "RDMA", NULL, "%s%s", used ? "devices:" : "no device, TCP is used",
-             devices);
+        doctor_find(doctor, GOOD, "RDMA", NULL, "no device, TCP is used");
 
     struct rlimit locked;
-    if (!used || getrlimit(RLIMIT_MEMLOCK, &locked) < 0)
+    if (!devices || getrlimit(RLIMIT_MEMLOCK, &locked) < 0)
         return;
     bool unlimited = locked.rlim_cur == RLIM_INFINITY;
-    find(doctor, unlimited ? GOOD : WARN, "RDMA memory",
-         unlimited
-             ? NULL
-             : "ulimit -l unlimited, LimitMEMLOCK=infinity, or --ulimit memlock=-1 for a container",
-         unlimited
-             ? "no limit of locked memory"
-             : "locked memory is limited (RLIMIT_MEMLOCK above), and RDMA locks what it moves");
+    doctor_find(
+        doctor, unlimited ? GOOD : WARN, "RDMA memory",
+        unlimited
+            ? NULL
+            : "ulimit -l unlimited, LimitMEMLOCK=infinity, or --ulimit memlock=-1 for a container",
+        unlimited
+            ? "no limit of locked memory"
+            : "locked memory is limited (RLIMIT_MEMLOCK above), and RDMA locks what it moves");
 }
 
 /* In a child, because who asks a mount that does not answer may wait for ever. Opening asks the process itself, where
@@ -294,22 +279,24 @@ static void check_mounts(struct doctor *doctor)
         int error = answers(points[i]);
         if (error == ENOTCONN) {
             snprintf(remedy, sizeof(remedy), "umount -l %s, then mount it again", points[i]);
-            find(doctor, WARN, "mount", remedy, "%s: its p2pfs has ended", points[i]);
+            doctor_find(doctor, WARN, "mount", remedy, "%s: its p2pfs has ended", points[i]);
         } else if (error == ETIMEDOUT) {
             snprintf(remedy, sizeof(remedy),
                      "kill -CONT or kill -9 its p2pfs; then umount -l %s and mount it again",
                      points[i]);
-            find(doctor, WARN, "mount", remedy, "%s does not answer for %d s", points[i],
-                 ANSWER_MS / 1000);
+            doctor_find(doctor, WARN, "mount", remedy, "%s does not answer for %d s", points[i],
+                        ANSWER_MS / 1000);
         } else if (error != 0) {
-            find(doctor, WARN, "mount", "look at it as the user who mounted it", "%s: %s",
-                 points[i], strerror(error));
+            doctor_find(doctor, WARN, "mount", "look at it as the user who mounted it", "%s: %s",
+                        points[i], strerror(error));
         }
         bad += error != 0;
+        if (error == 0)
+            doctor_peers(doctor, points[i]);
         free(points[i]);
     }
     free(points);
-    find(doctor, GOOD, "mounts", NULL, "%zu here, %zu of them answer", count, count - bad);
+    doctor_find(doctor, GOOD, "mounts", NULL, "%zu here, %zu of them answer", count, count - bad);
 }
 
 static void (*const checks[])(struct doctor *doctor) = {
@@ -356,8 +343,9 @@ const struct cmd cmd_doctor = {
     .summary = "check what a mount needs on this machine, and say how to mend what is missing",
     .details =
         "Looks at /dev/fuse, fusermount3, the kernel, libfuse, limits, huge pages, io_uring, TCP,\n"
-        "RDMA devices, and at p2pfs mounts that do not answer. Exit status 1 when something would\n"
-        "keep a mount from working.\n"
+        "RDMA devices with their ports, addresses and MTU, at p2pfs mounts that do not answer, and\n"
+        "whether the other nodes of those that do accept connections from here. Exit status 1 when\n"
+        "something would keep a mount from working.\n"
         "\n"
         "  --json   one JSON object with all findings\n",
     .run = run,

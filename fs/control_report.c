@@ -119,6 +119,7 @@ static void peer_put(struct json_out *out, const struct model_node *node,
     json_object(out, NULL);
     json_put_text(out, "node", node ? node->name : peer->node);
     json_put_text(out, "address", node ? node->address : peer->address);
+    json_put_text(out, "rdma", node ? node->rdma : "");
     json_put_text(out, "locality", node ? node->locality : "");
     json_put_bool(out, "live", node != NULL);
     json_put_bool(out, "connected", peer && peer->connected);

@@ -84,3 +84,14 @@ def test_bench(tmp_path, operation):
         finally:
             serving.kill()
     assert packets(HOSTS[operation == "write"].device) - senders >= 2 * 4 * 256 // 4
+
+
+def test_doctor_looks_at_ports_and_peers(cluster):
+    nodes = [cluster.node(f"n{i}", listen=f"{host.ipv4}:{7321 + i}") for i, host in enumerate(HOSTS)]
+    done = subprocess.run([BINARY, "doctor"], capture_output=True, text=True, timeout=60, check=False)
+    for host in HOSTS:
+        line = next(line for line in done.stdout.splitlines() if f" {host.device}/1 " in line)
+        assert line.startswith("good") and "RoCE v2 GID" in line and f" of {host.netdev}, MTU 9000" in line
+    for node in nodes:
+        assert f"of {node.dir}: 1 of 1 answer by TCP, 1 of 1 by RDMA" in done.stdout
+    assert done.returncode == 0

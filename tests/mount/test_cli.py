@@ -487,7 +487,7 @@ def test_metrics_are_prometheus_text(two, source):
 
 
 def test_doctor(two):
-    a, _ = two
+    a, b = two
     others = strangers(*two)
     done = run_p2pfs("doctor")
     assert re.search(r"^good +/dev/fuse", done.stdout, re.MULTILINE)
@@ -497,9 +497,12 @@ def test_doctor(two):
     assert levels["/dev/fuse"] == "good" and {"kernel", "libfuse", "storage", "TCP"} <= set(levels)
     assert f"{2 + others} here, " in done.stdout
     assert others or "2 here, 2 of them answer" in done.stdout
+    assert f"of {b.dir}: 1 of 1 answer by TCP" in done.stdout
     a.kill9(unmount=False)
     done = run_p2pfs("doctor")
     assert f"umount -l {a.dir}" in done.stdout
+    assert f"of {b.dir}: 0 of 1 answer by TCP" in done.stdout  # its lease has not ended
+    assert re.search(rf"^warn +peer by TCP +{a.name} at .*\n +-> .*firewalls", done.stdout, re.MULTILINE)
     assert others or "2 here, 1 of them answer" in done.stdout
 
 

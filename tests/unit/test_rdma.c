@@ -1,0 +1,456 @@
+/* What the RDMA transport does when the device, the fabric or memory fails: over a device that fails on demand. */
+#include "p2pfs_config.h"
+#if !P2PFS_HAVE_RDMA
+int main(void)
+{
+    return 77; // a build without it
+}
+#else
+#include "engine/engine.h"
+#include "engine/extents.h"
+#include "engine/rdma_link.h"
+#include "tests/unit/fake_rdma.h"
+
+#include "tests/contract/transport_story.h"
+
+#define SHARD (3u << 20)
+#define PULLS 4
+#define SOON  5000 /* ms: it must happen at all */
+
+static int setup(void **state)
+{
+    fake_reset();
+    return story_setup(state);
+}
+
+/* Nothing is left behind, whatever the story was. */
+static int end(void **state)
+{
+    story_end(state);
+    for (int turn = 0; !fake_empty() && turn < SOON; turn++)
+        usleep(1000); // memory is deregistered by threads
+    if (!fake_empty())
+        print_error(
+            "left behind: %d regions, %d queues, %d pairs, %d ids, %d channels, %d events\n",
+            fake.regions, fake.queues, fake.pairs, fake.ids, fake.channels, fake.events);
+    return fake_empty() ? 0 : -1;
+}
+
+static void fail_at(enum fake_call call, int error)
+{
+    fake.error = error;
+    fake.after = 0;
+    pthread_mutex_lock(&fake.lock);
+    fake.fails = call;
+    pthread_mutex_unlock(&fake.lock);
+}
+
+static void offer_all(void)
+{
+    puller.on_message = take_grant;
+    awaited_fetches = PULLS;
+    for (uint32_t id = 1; id <= PULLS; id++)
+        offer(id, (size_t)(id - 1) * SHARD, SHARD, false);
+}
+
+/* Each fetch was answered once; the first failure's status. */
+static int answers(void)
+{
+    int first = 0;
+    for (uint32_t id = 1; id <= PULLS; id++) {
+        assert_int_equal(puller.done[id], 1);
+        first = first ? first : puller.status[id];
+    }
+    return first;
+}
+
+static void all_arrive(void)
+{
+    assert_true(run_until(fetches_finished, SOON));
+    assert_int_equal(answers(), 0);
+    assert_true(landed_right(0, (size_t)PULLS * SHARD));
+    assert_int_equal(puller.downs + holder.downs, 0);
+}
+
+static void rdma_shards_arrive_over_the_device_of_this_test(void **state)
+{
+    link_up();
+    offer_all();
+    all_arrive();
+}
+
+// -- Connecting -----------------------------------------------------------------------------------
+
+static void connect_fails(int error)
+{
+    memset(&puller, 0, sizeof puller);
+    assert_int_equal(ops->connect(transport, address, SOON, &puller, &puller.link), 0);
+    assert_true(run_until(puller_down, 2 * SOON));
+    assert_int_equal(puller.downs, 1);
+    assert_int_equal(puller.connected, 0);
+    assert_int_equal(puller.error, error);
+    run_for(5); // whatever is still told
+    assert_int_equal(holder.connected, 0);
+}
+
+/* And the next one, without a fault, succeeds. */
+static void then_connects(void)
+{
+    fake.fails = FAKE_NONE;
+    fake.event = RDMA_CM_EVENT_ADDR_RESOLVED;
+    memset(&puller, 0, sizeof puller);
+    memset(&holder, 0, sizeof holder);
+    link_up();
+}
+
+static void rdma_what_cannot_be_made_ends_the_connection(void **state)
+{
+    static const enum fake_call calls[] = {
+        FAKE_QUERY_DEVICE, FAKE_ALLOC_PD,      FAKE_CREATE_CHANNEL,  FAKE_REGISTER,
+        FAKE_CREATE_CQ,    FAKE_CREATE_QP,     FAKE_POST_RECEIVE,    FAKE_NOTIFY,
+        FAKE_CREATE_ID,    FAKE_RESOLVE_ROUTE, FAKE_RESOLVE_ADDRESS, FAKE_CONNECT};
+    for (size_t i = 0; i < util_count(calls); i++) {
+        fail_at(calls[i], ENOSPC);
+        connect_fails(-ENOSPC);
+    }
+    then_connects();
+}
+
+static void rdma_who_cannot_accept_is_not_heard_of(void **state)
+{
+    static const enum fake_call calls[] = {FAKE_ACCEPT, FAKE_CREATE_CQ, FAKE_CREATE_QP};
+    for (size_t i = 0; i < util_count(calls); i++) {
+        fail_at(calls[i], ENOSPC);
+        fake.after = i > 0; // the connecting side makes its own first
+        connect_fails(-EHOSTUNREACH);
+    }
+    then_connects();
+}
+
+static void rdma_a_fabric_that_refuses_says_why(void **state)
+{
+    static const struct {
+        enum rdma_cm_event_type at, instead;
+        int status, error;
+    } cases[] = {
+        {RDMA_CM_EVENT_ADDR_RESOLVED, RDMA_CM_EVENT_ADDR_ERROR, -ENODEV, -ENODEV},
+        {RDMA_CM_EVENT_ROUTE_RESOLVED, RDMA_CM_EVENT_ROUTE_ERROR, -EHOSTUNREACH, -EHOSTUNREACH},
+        {RDMA_CM_EVENT_ROUTE_RESOLVED, RDMA_CM_EVENT_CONNECT_ERROR, 5, -EHOSTUNREACH},
+        {RDMA_CM_EVENT_ROUTE_RESOLVED, RDMA_CM_EVENT_REJECTED, 28, -ECONNREFUSED},
+        {RDMA_CM_EVENT_ADDR_RESOLVED, RDMA_CM_EVENT_DEVICE_REMOVAL, 0, -ENODEV},
+    };
+    for (size_t i = 0; i < util_count(cases); i++) {
+        fake.instead_of = cases[i].at;
+        fake.event = cases[i].instead;
+        fake.event_status = cases[i].status;
+        connect_fails(cases[i].error);
+    }
+    then_connects();
+}
+
+static void rdma_another_version_is_refused(void **state)
+{
+    fake.other_preface = true;
+    connect_fails(-ECONNREFUSED);
+    fake.other_preface = false;
+    then_connects();
+}
+
+// -- Sending and reading --------------------------------------------------------------------------
+
+static void rdma_a_message_that_cannot_be_posted_ends_the_link(void **state)
+{
+    link_up();
+    fail_at(FAKE_POST_SEND, ENOMEM);
+    assert_int_equal(ops->send(puller.link, "hello", 5), 0);
+    assert_true(run_until(puller_down, SOON));
+    assert_int_equal(puller.error, -ENOMEM);
+    assert_non_null(strstr(puller.reason, "message"));
+    assert_true(run_until(holder_down, SOON));
+}
+
+static void rdma_a_buffer_that_cannot_be_posted_again_ends_the_link(void **state)
+{
+    link_up();
+    fail_at(FAKE_POST_RECEIVE, ENOMEM);
+    assert_int_equal(ops->send(puller.link, "hello", 5), 0);
+    assert_true(run_until(holder_down, SOON));
+    assert_int_equal(holder.messages, 1);
+    assert_int_equal(holder.error, -ENOMEM);
+    assert_true(run_until(puller_down, SOON));
+}
+
+static void rdma_a_read_that_cannot_be_posted_answers_every_fetch(void **state)
+{
+    for (unsigned after = 0; after < 20; after += 3) {
+        memset(&puller, 0, sizeof puller);
+        memset(&holder, 0, sizeof holder);
+        link_up();
+        fail_at(FAKE_POST_READ, EINVAL);
+        fake.after = after;
+        offer_all();
+        assert_true(run_until(puller_down, SOON));
+        assert_int_equal(answers(), -EINVAL);
+        assert_int_equal(puller.error, -EINVAL);
+        assert_true(run_until(holder_down, SOON));
+    }
+}
+
+static int error_of(enum ibv_wc_status status)
+{
+    switch (status) {
+    case IBV_WC_WR_FLUSH_ERR:
+        return -ECONNRESET;
+    case IBV_WC_RETRY_EXC_ERR:
+    case IBV_WC_RNR_RETRY_EXC_ERR:
+        return -ETIMEDOUT;
+    case IBV_WC_REM_ACCESS_ERR:
+        return -EIO;
+    default:
+        return -ENETDOWN;
+    }
+}
+
+static void rdma_every_failed_completion_answers_every_fetch(void **state)
+{
+    for (enum ibv_wc_status status = IBV_WC_LOC_LEN_ERR; status <= IBV_WC_GENERAL_ERR; status++) {
+        memset(&puller, 0, sizeof puller);
+        memset(&holder, 0, sizeof holder);
+        link_up();
+        fake.read_status = status;
+        offer_all();
+        assert_true(run_until(puller_down, SOON));
+        assert_int_equal(answers(), error_of(status));
+        assert_int_equal(puller.error, error_of(status));
+        assert_int_equal(puller.downs, 1);
+        assert_true(run_until(holder_down, SOON));
+    }
+}
+
+static void rdma_every_failed_completion_of_a_message_ends_the_link(void **state)
+{
+    for (enum ibv_wc_status status = IBV_WC_LOC_LEN_ERR; status <= IBV_WC_GENERAL_ERR; status++) {
+        memset(&puller, 0, sizeof puller);
+        memset(&holder, 0, sizeof holder);
+        link_up();
+        fake.send_status = status;
+        assert_int_equal(ops->send(puller.link, "hello", 5), 0);
+        assert_true(run_until(puller_down, SOON));
+        assert_int_equal(puller.error, error_of(status));
+        assert_int_equal(holder.messages, 0);
+        assert_true(run_until(holder_down, SOON));
+    }
+}
+
+static struct fake_id *id_of(const struct side *side)
+{
+    return fake_id_of(((struct rdma_link *)side->link)->id);
+}
+
+static bool reads_under_way(void)
+{
+    return ((struct rdma_link *)puller.link)->reads_count > 0;
+}
+
+static void rdma_a_device_that_is_removed_answers_every_fetch(void **state)
+{
+    link_up();
+    fake.reads_stall = true;
+    offer_all();
+    assert_true(run_until(reads_under_way, SOON));
+    fake_tell(&id_of(&puller)->id, NULL, RDMA_CM_EVENT_DEVICE_REMOVAL, NULL);
+    assert_true(run_until(puller_down, SOON));
+    assert_int_equal(answers(), -ENODEV);
+    assert_non_null(strstr(puller.reason, "fake0 is gone"));
+    assert_true(run_until(holder_down, SOON));
+}
+
+static bool both_down(void)
+{
+    return puller.downs > 0 && holder.downs > 0;
+}
+
+static void rdma_completions_that_cannot_be_waited_for_end_the_link(void **state)
+{
+    link_up();
+    fail_at(FAKE_NOTIFY, ENOMEM);
+    assert_int_equal(ops->send(puller.link, "hello", 5), 0);
+    assert_true(run_until(both_down, SOON));
+    assert_true(puller.error == -ENOMEM || holder.error == -ENOMEM);
+}
+
+// -- Memory ---------------------------------------------------------------------------------------
+
+static void rdma_memory_that_cannot_be_registered_fails_its_fetch_only(void **state)
+{
+    link_up();
+    fail_at(FAKE_REGISTER_WRITE, ENOMEM);
+    offer_all();
+    assert_true(run_until(fetches_finished, SOON));
+    int failed = 0;
+    for (uint32_t id = 1; id <= PULLS; id++) {
+        assert_int_equal(puller.done[id], 1);
+        assert_true(puller.status[id] == 0 || puller.status[id] == -ENOMEM);
+        failed += puller.status[id] == -ENOMEM;
+        assert_true(puller.status[id] < 0 || landed_right((size_t)(id - 1) * SHARD, SHARD));
+    }
+    assert_int_equal(failed, 1);
+    assert_int_equal(puller.downs + holder.downs, 0);
+}
+
+static void rdma_memory_that_cannot_be_offered_is_told_at_once(void **state)
+{
+    struct transport_descriptor descriptor;
+    struct transport_region part = {.fd = region.fd, .map = source, .length = SHARD};
+    link_up();
+    fail_at(FAKE_REGISTER_READ, EPERM);
+    assert_int_equal(ops->expose(holder.link, 1, &part, false, &descriptor), -EPERM);
+    offer_all(); // the same id again: nothing was kept
+    all_arrive();
+}
+
+static void rdma_memory_that_cannot_be_taken_back_ends_the_link(void **state)
+{
+    link_up();
+    offer_all();
+    all_arrive();
+    fail_at(FAKE_DEREGISTER, EBUSY);
+    ops->unexpose(holder.link, 1);
+    assert_true(run_until(holder_down, SOON));
+    assert_int_equal(holder.error, -EBUSY);
+    assert_true(run_until(puller_down, SOON));
+}
+
+static void rdma_a_cancelled_read_that_does_not_end_takes_the_link_along(void **state)
+{
+    link_up();
+    fake.reads_stall = true;
+    offer_all();
+    assert_true(run_until(reads_under_way, SOON));
+    ops->cancel(puller.link, &puller.fetch[1]);
+    assert_int_equal(fake.pairs, 1); // after return nothing can land
+    assert_true(run_until(both_down, SOON));
+    assert_int_equal(puller.error, -ETIMEDOUT);
+    assert_int_equal(puller.done[1], 0);
+    for (uint32_t id = 2; id <= PULLS; id++)
+        assert_int_equal(puller.done[id], 1);
+}
+
+static struct grant kept;
+
+static void keep_grant(struct side *side, const void *bytes, size_t length)
+{
+    memcpy(&kept, bytes, sizeof kept);
+}
+
+static bool grant_kept(void)
+{
+    return kept.kind == 'G';
+}
+
+static void rdma_what_was_taken_back_cannot_be_read(void **state)
+{
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 0, SHARD, false);
+    assert_true(run_until(grant_kept, SOON));
+    ops->unexpose(holder.link, 1);
+    memset(landing, 0x5a, SHARD);
+    take_grant(&puller, &kept, sizeof kept);
+    assert_true(run_until(both_down, SOON));
+    assert_int_equal(puller.done[1], 1);
+    assert_int_equal(puller.status[1], -EIO);
+    for (size_t at = 0; at < SHARD; at++)
+        assert_int_equal(landing[at], 0x5a);
+}
+
+static atomic_int released;
+
+static void on_released(void *arg)
+{
+    atomic_fetch_add(&released, 1);
+}
+
+/* A program's memory is its own again when the device has let go of it, not before. */
+static void rdma_lent_memory_comes_back_behind_its_deregistration(void **state)
+{
+    struct engine_range range = {landing, SHARD};
+    struct extents *lent;
+    atomic_store(&released, 0);
+    assert_int_equal(extents_new(&range, 1, on_released, NULL, &lent), 0);
+    link_up();
+    struct transport_descriptor descriptor;
+    struct transport_region part = {.fd = region.fd, .map = source, .length = SHARD};
+    assert_int_equal(ops->expose(holder.link, 1, &part, false, &descriptor), 0);
+    puller.fetch[1] =
+        (struct transport_fetch){.destination = landing, .length = SHARD, .id = 1, .lent = lent};
+    assert_int_equal(ops->fetch(puller.link, &descriptor, &puller.fetch[1]), 0);
+    fake.reads_stall = true;
+    assert_true(run_until(reads_under_way, SOON));
+    pthread_mutex_lock(&fake.lock);
+    fake.deregister_waits = true;
+    pthread_mutex_unlock(&fake.lock);
+    ops->cancel(puller.link, &puller.fetch[1]);
+    extents_end(lent, 0);
+    extents_leave(lent);
+    extents_free(lent); // as the replica's last user does
+    run_for(50);
+    assert_int_equal(atomic_load(&released), 0);
+    pthread_mutex_lock(&fake.lock);
+    fake.deregister_waits = false;
+    pthread_cond_broadcast(&fake.changed);
+    pthread_mutex_unlock(&fake.lock);
+    for (int turn = 0; atomic_load(&released) == 0 && turn < SOON; turn++)
+        usleep(1000);
+    assert_int_equal(atomic_load(&released), 1);
+}
+
+/* It ended before it was registered: nothing is. */
+static void rdma_lent_memory_that_was_taken_back_is_not_registered(void **state)
+{
+    struct engine_range range = {landing, SHARD};
+    struct extents *lent;
+    assert_int_equal(extents_new(&range, 1, on_released, NULL, &lent), 0);
+    link_up();
+    struct transport_descriptor descriptor;
+    struct transport_region part = {.fd = region.fd, .map = source, .length = SHARD};
+    assert_int_equal(ops->expose(holder.link, 1, &part, false, &descriptor), 0);
+    puller.fetch[1] =
+        (struct transport_fetch){.destination = landing, .length = SHARD, .id = 1, .lent = lent};
+    extents_end(lent, 0);
+    assert_int_equal(ops->fetch(puller.link, &descriptor, &puller.fetch[1]), -ECANCELED);
+    extents_leave(lent);
+    extents_free(lent);
+}
+
+static const struct story stories[] = {
+    STORY(rdma_shards_arrive_over_the_device_of_this_test),
+    STORY(rdma_what_cannot_be_made_ends_the_connection),
+    STORY(rdma_who_cannot_accept_is_not_heard_of),
+    STORY(rdma_a_fabric_that_refuses_says_why),
+    STORY(rdma_another_version_is_refused),
+    STORY(rdma_a_message_that_cannot_be_posted_ends_the_link),
+    STORY(rdma_a_buffer_that_cannot_be_posted_again_ends_the_link),
+    STORY(rdma_a_read_that_cannot_be_posted_answers_every_fetch),
+    STORY(rdma_every_failed_completion_answers_every_fetch),
+    STORY(rdma_every_failed_completion_of_a_message_ends_the_link),
+    STORY(rdma_a_device_that_is_removed_answers_every_fetch),
+    STORY(rdma_completions_that_cannot_be_waited_for_end_the_link),
+    STORY(rdma_memory_that_cannot_be_registered_fails_its_fetch_only),
+    STORY(rdma_memory_that_cannot_be_offered_is_told_at_once),
+    STORY(rdma_memory_that_cannot_be_taken_back_ends_the_link),
+    STORY(rdma_a_cancelled_read_that_does_not_end_takes_the_link_along),
+    STORY(rdma_what_was_taken_back_cannot_be_read),
+    STORY(rdma_lent_memory_comes_back_behind_its_deregistration),
+    STORY(rdma_lent_memory_that_was_taken_back_is_not_registered),
+};
+
+int main(int argc, char **argv)
+{
+    setenv("P2PFS_RDMA_ADDRESS", "127.0.0.1:0", 1);
+    story_begin = setup;
+    story_over = end;
+    return stories_run(stories, util_count(stories), argc, argv);
+}
+#endif
