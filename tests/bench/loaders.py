@@ -121,11 +121,19 @@ def timed(what):
     return time.monotonic() - begun
 
 
+def on_huge_pages(made):
+    """What a framework writes piece by piece does not get them all; a copy does."""
+    path = made.with_name(made.name.replace("made", "model"))
+    shutil.copyfile(made, path)
+    made.unlink()
+    return path
+
+
 def model(bench, loader):
     """The model's files on tmpfs with huge pages, and on the node that serves it."""
     size = bench.options.size or 1024 * MIB
-    loader.ask("make", bench.huge / "model", TENSOR, size // TENSOR)
-    return [bench.huge / f"model{end}" for end in (".safetensors", ".pt")]
+    loader.ask("make", bench.huge / "made", TENSOR, size // TENSOR)
+    return [on_huge_pages(bench.huge / f"made{end}") for end in (".safetensors", ".pt")]
 
 
 def warm_rows(bench, loader, b, files, size):
@@ -150,8 +158,9 @@ def warm_rows(bench, loader, b, files, size):
 
 def llama_rows(bench, runner, a, b):
     """A process of llama.cpp from its start to its first token."""
-    file = bench.huge / "model.gguf"
-    runner.python(GGUF, file, 1024, max(1, (bench.options.size or 1024 * MIB) // (40 * MIB)))
+    made = bench.huge / "made.gguf"
+    runner.python(GGUF, made, 1024, max(1, (bench.options.size or 1024 * MIB) // (40 * MIB)))
+    file = on_huge_pages(made)
     shutil.copyfile(file, a.path(file.name))
     eventually(b.path(file.name).exists, 5, "the second node sees the file")
     run_p2pfs("pull", b.path(file.name))
@@ -179,9 +188,10 @@ def llama_rows(bench, runner, a, b):
                          (mode, "mount"), (mode, "huge"), goal=">= 0.95", note=note)
 
 
-def cold_rows(bench, loader, b, files, http, size):
+def cold_rows(bench, loader, nodes, files, http, size):
     """A file that nothing is here of: pulled and loaded at once, and what others do instead."""
-    path = b.path(files[0].name)
+    path = nodes[1].path(files[0].name)
+    pids = [process.pid for process in (*nodes, loader.process, *http.processes)]
     serial = iter(range(1 << 20))
 
     def away():
@@ -197,7 +207,7 @@ def cold_rows(bench, loader, b, files, http, size):
 
     def once():
         result = {}
-        with bench.watch([b.pid, loader.process.pid]) as watch:
+        with bench.watch(pids) as watch:
             away()
             result["pull"] = timed(lambda: run_p2pfs("pull", path))
             result["warm"] = loader.ask("safetensors", path)
@@ -253,7 +263,7 @@ def run(bench):
             run_p2pfs("pull", b.path(file.name))
         loader = Loader(runner)  # sees what is mounted by now
         warm_rows(bench, loader, b, files, size)
-        cold_rows(bench, loader, b, files, http, size)
+        cold_rows(bench, loader, (a, b), files, http, size)
         llama_rows(bench, runner, a, b)
     finally:
         for one in (loader, http):
