@@ -49,7 +49,7 @@ for line in sys.stdin:
 """
 
 NGINX = """
-daemon off; user root; error_log stderr; pid {home}/pid; worker_processes 1;
+daemon off; master_process off; user root; error_log stderr; pid {home}/pid;
 events {{}}
 http {{
     access_log off; sendfile on; sendfile_max_chunk 4m;
