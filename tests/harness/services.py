@@ -239,16 +239,16 @@ class Http(Service):
 
     def command(self):
         return [
-            "/usr/bin/python3", self.program, "--listen", f"127.0.0.1:{self.port}",
+            "/usr/bin/python3", self.program, "--listen", f"{self.host}:{self.port}",
             "--file", str(self.data / "values"), *self.extra,
         ]  # fmt: skip
 
     def url(self, prefix="p2pfs", port=None):
-        return f"http://127.0.0.1:{port or self.port}/metadata?prefix={prefix}"
+        return f"http://{self.host}:{port or self.port}/metadata?prefix={prefix}"
 
     def ask(self, method, key, value=None, headers=()):
         """Status, body and tag of an answer, whatever it is."""
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        link = http.client.HTTPConnection(self.host, self.port, timeout=5)
         try:
             link.request(method, f"/metadata?key={key}", value, dict(headers))
             answer = link.getresponse()

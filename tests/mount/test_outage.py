@@ -203,7 +203,7 @@ def network(mounts):
         yield net
 
 
-@pytest.fixture(params=["redis", "valkey", "etcd"])
+@pytest.fixture(params=list(KINDS))
 def far_service(request, network, tmp_path):
     """A service that each node reaches over a link of its own."""
     one = KINDS[request.param](tmp_path / "service")
