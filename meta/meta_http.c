@@ -20,6 +20,8 @@
 #define WEB_STATE    "state"
 #define WEB_POLL_MS  400 /* so that a change is seen within a second */
 #define WEB_PAUSE_MS 40  /* at the most, after another writer was faster */
+#define WEB_EAGER_MS 500 /* whoever has tried for so long does not pause any more */
+#define WEB_YIELD_MS 300 /* at the most, after a change that others had been in the way of */
 #define WEB_NAME     32  /* of a base */
 
 /* Beyond so many bytes and that part of all, what changed behind the base goes into a new one: each change writes it, and
@@ -159,16 +161,28 @@ int web_fetch(struct web *s)
 
 /* ---- changing it ---- */
 
-/* Moves all keys to a base of their own, unless several that were made before led nowhere. The document does not lead there
- * before it is written. */
-static int web_base_put(struct web *s, struct web_doc *draft)
+/* A base that one update has made: of the document as it was then, so that it serves also when others write meanwhile. */
+struct web_made {
+    uint64_t base; /* 0: none */
+    uint64_t revision;
+    uint64_t epoch; /* of the store */
+};
+
+/* Lets the draft lead to a base of its own, unless several that were made before led nowhere. The document does not lead
+ * there before it is written. */
+static int web_base_put(struct web *s, struct web_doc *draft, struct web_made *made)
 {
     struct http_reply reply;
     char name[WEB_NAME];
     uint64_t base = util_random_u64();
-    if (s->stray_count == WEB_STRAYS_MAX)
+    if (made->base != 0 && made->epoch == s->store.epoch && made->revision > draft->base_revision) {
+        draft->base = made->base;
+        draft->base_revision = made->revision;
         return 0;
-    util_autofree char *text = web_doc_print_base(draft);
+    }
+    if (s->stray_count == WEB_STRAYS_MAX || s->doc.revision == s->doc.base_revision)
+        return 0; /* the latter also where there is no document yet */
+    util_autofree char *text = web_doc_print_base(&s->doc);
     if (!text)
         return web_fail(s, -ENOMEM, "out of memory");
     web_base_name(base, name);
@@ -180,8 +194,9 @@ static int web_base_put(struct web *s, struct web_doc *draft)
     if (!web_done(&reply))
         return web_fail(s, -EBADMSG, "%s: a new key is refused with status %ld", s->base,
                         reply.status);
+    *made = (struct web_made){base, s->doc.revision, s->store.epoch};
     draft->base = base;
-    draft->base_revision = draft->revision;
+    draft->base_revision = s->doc.revision;
     return 0;
 }
 
@@ -207,7 +222,7 @@ static void web_strays_forget(struct web *s, uint64_t base)
 
 /* A draft of the document with the change, signed, and its text. */
 static int web_update_prepare(struct web *s, web_change change, void *arg, uint64_t write,
-                              struct web_doc *draft, char **text)
+                              struct web_made *made, struct web_doc *draft, char **text)
 {
     int rc = web_doc_draft(&s->doc, draft);
     if (rc == 0)
@@ -223,7 +238,7 @@ static int web_update_prepare(struct web *s, web_change change, void *arg, uint6
                         WEB_DOC_MAX >> 20);
     *text = web_doc_print(draft);
     if (*text && strlen(*text) > WEB_ROOT_MIN + bytes / WEB_ROOT_PART) {
-        rc = web_base_put(s, draft);
+        rc = web_base_put(s, draft, made);
         free(*text);
         *text = rc == 0 ? web_doc_print(draft) : NULL;
     }
@@ -253,10 +268,20 @@ static int web_update_send(struct web *s, struct web_doc *draft, char **text)
     return 0;
 }
 
-static void web_pause(void)
+static void web_pause(uint64_t ms)
 {
-    const struct timespec pause = {.tv_nsec = (long)(util_random_u64() % WEB_PAUSE_MS) * 1000000};
+    const struct timespec pause = {.tv_nsec = (long)ms * 1000000};
     nanosleep(&pause, NULL);
+}
+
+/* Who has just written has the newest document, and could write again and again before those that have to fetch it first:
+ * so it lets them go before for as long as they were in its way. */
+static int web_yield(struct web *s)
+{
+    if (s->struggle_ms == 0)
+        return 0;
+    web_pause(s->struggle_ms < WEB_YIELD_MS ? s->struggle_ms : WEB_YIELD_MS);
+    return web_fetch(s);
 }
 
 /* What the probe found out when the store was opened must still hold: a service that has lost its preconditions would
@@ -276,12 +301,17 @@ static int web_update_allowed(struct web *s)
 int web_update(struct web *s, web_change change, void *arg)
 {
     uint64_t write = util_random_u64();
+    struct web_made made = {0};
     bool newest = false; /* fetched since this call began */
     int rc = web_update_allowed(s);
+    if (rc == 0)
+        rc = web_yield(s);
+    uint64_t began = util_now_ms();
+    s->struggle_ms = 0;
     while (rc == 0) {
         struct web_doc draft = {0};
         util_autofree char *text = NULL;
-        rc = web_update_prepare(s, change, arg, write, &draft, &text);
+        rc = web_update_prepare(s, change, arg, write, &made, &draft, &text);
         bool again = (rc == -EAGAIN || rc == -ENOENT) && !newest;
         if (rc == 0) {
             rc = web_update_send(s, &draft, &text);
@@ -290,8 +320,10 @@ int web_update(struct web *s, web_change change, void *arg)
         web_doc_clear(&draft);
         if (!again)
             break;
-        if (rc > 0 && newest)
-            web_pause();
+        uint64_t tried = util_now_ms() - began;
+        if (rc > 0 && newest && tried < WEB_EAGER_MS)
+            web_pause(util_random_u64() % WEB_PAUSE_MS);
+        s->struggle_ms = tried;
         newest = true;
         rc = web_fetch(s);
         /* a connection may have broken behind a write that was carried out, and was then sent once more */

@@ -40,6 +40,7 @@ struct web {
     uint64_t lease;            /* ours that was granted or renewed last; 0: none */
     uint64_t beat;             /* of the last renewal */
 
+    uint64_t struggle_ms; /* how long other writers were in the way of the last change */
     bool opened;
     bool doubt;     /* it may be another service than the one that was probed */
     bool down;      /* an outage has been logged */

@@ -216,6 +216,32 @@ def test_bases_that_the_document_never_led_to_are_few_and_removed(
     assert 1 <= made <= 4
 
 
+@pytest.mark.limit(100)
+def test_nodes_that_register_trees_at_once_all_come_through(service, make_cluster, mounts, tmp_path):
+    nodes = make_cluster(service.url()).nodes(4)
+    failed = []
+
+    def register(node):
+        source = tmp_path / f"of-{node.name}"
+        source.mkdir()
+        for i in range(600):
+            (source / f"f{i}").write_bytes(b"x")
+        try:
+            os.symlink(source, node.path(node.name))
+        except OSError as error:
+            failed.append((node.name, error))
+
+    threads = [threading.Thread(target=register, args=(node,)) for node in nodes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for node in nodes:
+        eventually(lambda node=node: names(node) == sorted(n.name for n in nodes), 5)
+        assert all(len(os.listdir(node.path(name))) == 600 for name in names(node))
+
+
 # -- who may look, and what else may answer
 
 
