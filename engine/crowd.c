@@ -26,8 +26,9 @@ int crowd_join(struct crowd **crowd, const char *node, uint64_t boot)
 {
     struct crowd_member **known = member_find(*crowd, node, boot);
     if (known) {
-        (*known)->links++;
-        return 0;
+        bool room = (*known)->links < CROWD_LINKS_MAX;
+        (*known)->links += room;
+        return room ? 0 : -EMFILE;
     }
     if (!*crowd && !(*crowd = calloc(1, sizeof **crowd))) {
         return -ENOMEM;

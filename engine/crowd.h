@@ -13,7 +13,9 @@ struct crowd_member {
     unsigned links; /* sessions that follow */
 };
 
-/* Once more; *crowd is made when NULL. 0, -ENOMEM. */
+/* A node follows a version once on each of its lanes; some of its links may be about to break. */
+#define CROWD_LINKS_MAX 64
+/* Once more; *crowd is made when NULL. 0, -ENOMEM, -EMFILE (it follows CROWD_LINKS_MAX times already). */
 int crowd_join(struct crowd **crowd, const char *node, uint64_t boot);
 void crowd_leave(struct crowd *crowd, const char *node, uint64_t boot);
 size_t crowd_size(const struct crowd *crowd); /* NULL: 0 */

@@ -19,6 +19,8 @@ struct peer {
     uint64_t sampled_received, sampled_sent; /* rates: the table's lock */
     uint64_t rate_down, rate_up;
     atomic_ullong received, sent, verified, corrupt, failed;
+    atomic_uint sessions; /* its links to here, */
+    atomic_uint follows;  /* and the versions that it follows over them */
     atomic_uint links;
     atomic_uint rdma_links;         /* of them */
     atomic_bool rdma_said;          /* that it failed */

@@ -11,9 +11,10 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define SERVE_GREET_NS     5000000000ull
-#define SERVE_SESSIONS_MAX 4096
-#define SERVE_FENCE_NS     1000000000ull /* to let go of what is taken back */
+#define SERVE_GREET_NS      5000000000ull
+#define SERVE_SESSIONS_MAX  4096
+#define SERVE_SESSIONS_PEER 64 /* one for each lane of it, and some that are about to break */
+#define SERVE_FENCE_NS      1000000000ull /* to let go of what is taken back */
 #define SERVE_GRANT_NS \
     120000000000ull /* a puller that does not say DONE for so long is gone in all but name */
 
@@ -46,6 +47,9 @@ static void session_end(struct session *s)
     struct follow *next_follow;
     HASH_ITER(hh, s->follows, follow, next_follow) {
         follow_end(s, follow);
+    }
+    if (s->peer) {
+        atomic_fetch_sub(&s->peer->sessions, 1);
     }
     s->link->transport->ops->shut(s->link);
     DL_DELETE(s->lane->sessions, s);
@@ -174,6 +178,10 @@ static void proven(struct session *s, const struct wire_message *message)
     s->peer = peers_get(engine->peers, s->node, NULL);
     if (!s->peer) {
         serve_refuse(s, "is one more than this node can remember (give every node a secret_file=)");
+        return;
+    }
+    if (atomic_fetch_add(&s->peer->sessions, 1) >= SERVE_SESSIONS_PEER) {
+        serve_refuse(s, "has too many links to this node already");
         return;
     }
     s->state = SESSION_READY;

@@ -10,7 +10,7 @@
 #include "engine/serve_inside.h"
 #include "meta/base/util.h"
 
-#define FOLLOW_MAX      65536 /* versions on one session */
+#define FOLLOW_PEER_MAX 65536 /* versions on all sessions of a peer */
 #define FOLLOW_REFER_MS 1000
 
 /* One who may ask for the replica's bytes less; a file in place is closed behind the last one. */
@@ -28,6 +28,7 @@ void follow_end(struct session *s, struct follow *follow)
     struct replica *replica = follow->replica;
     /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->follows, follow);
+    atomic_fetch_sub(&s->peer->follows, 1);
     free(follow->told);
     free(follow);
     pthread_mutex_lock(&replica->lock);
@@ -64,7 +65,7 @@ void follow_attach(struct session *s, const struct wire_message *message)
     struct engine *engine = s->lane->engine;
     struct follow *follow;
     HASH_FIND(hh, s->follows, &message->handle, sizeof message->handle, follow);
-    if (follow || HASH_COUNT(s->follows) >= FOLLOW_MAX) {
+    if (follow || atomic_load(&s->peer->follows) >= FOLLOW_PEER_MAX) {
         serve_refuse(s, "attached too much, or one handle twice");
         return;
     }
@@ -102,6 +103,7 @@ void follow_attach(struct session *s, const struct wire_message *message)
                               .told = told,
                               .told_changes = changes};
     HASH_ADD(hh, s->follows, handle, sizeof follow->handle, follow);
+    atomic_fetch_add(&s->peer->follows, 1);
 
     struct wire_message attached = {.type = WIRE_ATTACHED,
                                     .handle = message->handle,

@@ -17,7 +17,8 @@ struct slots slots_new(void)
 
 bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *ask)
 {
-    if (peer->waiting >= SLOTS_WAITING_PEER || slots->waiting_count >= SLOTS_WAITING_NODE) {
+    uint32_t most = slots->waiting_count < SLOTS_WAITING_NODE ? SLOTS_WAITING_PEER : 1;
+    if (peer->waiting >= most) {
         return false;
     }
     ask->peer = peer;
@@ -69,15 +70,15 @@ static bool background_may(const struct slots *slots, uint64_t now_ns)
 struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
 {
     uint32_t room = slots->window.width;
-    if (slots->granted_count >= room + SPREAD_URGENT_EXTRA ||
-        slots->overdue_count >= SLOTS_OVERDUE_MAX) {
+    if (slots->granted_count >= room + SPREAD_URGENT_EXTRA) {
         return NULL;
     }
+    uint32_t overdue = slots->overdue_count < SLOTS_OVERDUE_MAX ? SLOTS_OVERDUE_PEER : 1;
     struct slots_peer *urgent = NULL;
     struct slots_peer *normal = NULL;
     struct slots_peer *peer;
     DL_FOREACH(slots->queue, peer) {
-        if (peer->overdue >= SLOTS_OVERDUE_PEER) {
+        if (peer->overdue >= overdue) {
             continue; /* with nothing granted it would come before all others, again and again */
         }
         if (peer->urgent && goes_before(peer, urgent)) {

@@ -23,10 +23,10 @@
 #define SLOTS_FLOOR        4
 #define SLOTS_CEILING      64
 #define SLOTS_TRICKLE_NS   1000000000ull
-#define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue */
-#define SLOTS_WAITING_NODE 8192 /* of all peers */
+#define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue, */
+#define SLOTS_WAITING_NODE 8192 /* and of all; who has none there may always have one */
 #define SLOTS_OVERDUE_PEER 4    /* grants of one peer that no longer count; it gets no more then */
-#define SLOTS_OVERDUE_MAX  1024 /* of all peers; nobody does */
+#define SLOTS_OVERDUE_MAX  1024 /* of all peers; who has one gets no more then, and others do */
 
 enum slots_state { SLOTS_IDLE, SLOTS_WAITING, SLOTS_GRANTED, SLOTS_OVERDUE };
 

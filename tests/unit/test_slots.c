@@ -208,6 +208,55 @@ static void a_full_queue_says_so(void **state)
     assert_int_equal(asks[SLOTS_WAITING_PEER].state, SLOTS_IDLE);
 }
 
+/* However many others have filled the queue: who has nothing in it gets a place. */
+static void many_greedy_peers_keep_no_other_out(void **state)
+{
+    enum { GREEDY = 160 };
+    static struct slots_peer greedy[GREEDY], modest;
+    static struct slots_ask asks[GREEDY][SLOTS_WAITING_PEER], ask[2];
+    struct slots slots = slots_new();
+    unsigned queued = 0;
+    for (unsigned i = 0; i < GREEDY * SLOTS_WAITING_PEER; i++) {
+        unsigned p = i / SLOTS_WAITING_PEER;
+        queued += slots_ask(&slots, &greedy[p], &asks[p][i % SLOTS_WAITING_PEER]);
+    }
+    assert_in_range(queued, SLOTS_WAITING_NODE, SLOTS_WAITING_NODE + GREEDY);
+    assert_true(slots_ask(&slots, &modest, &ask[0]));
+    assert_false(slots_ask(&slots, &modest, &ask[1]));
+    bool got = false; /* in the first round */
+    for (unsigned i = 0; i <= GREEDY && !got; i++) {
+        struct slots_ask *next = slots_next(&slots, 0);
+        got = next == &ask[0];
+        slots_end(&slots, next, 50 * MS, true);
+    }
+    assert_true(got);
+}
+
+/* Nor do many that stand still. */
+static void many_stopped_peers_keep_no_other_out(void **state)
+{
+    enum { STOPPED = 300 };
+    static struct slots_peer stopped[STOPPED], other;
+    static struct slots_ask asks[STOPPED][2 * SLOTS_OVERDUE_PEER], ask[3];
+    struct slots slots = slots_new();
+    uint64_t now = 0;
+    for (unsigned i = 0; i < STOPPED * 2 * SLOTS_OVERDUE_PEER; i++) {
+        assert_true(slots_ask(&slots, &stopped[i % STOPPED], &asks[i % STOPPED][i / STOPPED]));
+    }
+    for (unsigned round = 0; round < 1000; round++, now += 1100 * MS) {
+        while (slots_next(&slots, now)) {
+        }
+        slots_overdue(&slots, now + 1050 * MS);
+    }
+    assert_in_range(slots.overdue_count, SLOTS_OVERDUE_MAX, SLOTS_OVERDUE_MAX + SLOTS_CEILING);
+    assert_null(slots_next(&slots, now)); /* they get no more */
+    for (unsigned i = 0; i < 3; i++, now += 50 * MS) {
+        assert_true(slots_ask(&slots, &other, &ask[i]));
+        assert_ptr_equal(slots_next(&slots, now), &ask[i]);
+        slots_end(&slots, &ask[i], now + 40 * MS, true);
+    }
+}
+
 static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
 {
     struct slots_book *book;
@@ -322,6 +371,8 @@ int main(void)
         cmocka_unit_test(who_never_says_done_holds_no_slot),
         cmocka_unit_test(slots_grow_while_shards_are_quick),
         cmocka_unit_test(a_full_queue_says_so),
+        cmocka_unit_test(many_greedy_peers_keep_no_other_out),
+        cmocka_unit_test(many_stopped_peers_keep_no_other_out),
         cmocka_unit_test(each_shard_is_handed_out_once_before_one_is_repeated),
         cmocka_unit_test(a_promise_does_not_hold_for_ever),
         cmocka_unit_test(advice_names_what_nobody_has),
