@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 
 from harness import env  # noqa: E402
+from harness.network import Network  # noqa: E402
 from harness.node import Cluster  # noqa: E402
 from harness.watchdog import Watchdog  # noqa: E402
 
@@ -106,6 +107,13 @@ def cluster(make_cluster):
 def node(cluster):
     """One mounted node."""
     return cluster.node()
+
+
+@pytest.fixture
+def network(mounts):
+    """Hosts of their own, for cluster.node_on; the test itself is where their roads meet."""
+    with Network() as net:
+        yield net
 
 
 @pytest.fixture

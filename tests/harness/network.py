@@ -65,9 +65,9 @@ class Network:
         _ip("route", "add", "default", "via", f"10.77.{number}.1", inside=inside)
         return f"10.77.{number}.2", inside
 
-    def cut(self, address):
-        """What the services send to that host vanishes; other hosts are not concerned."""
-        _ip("rule", "add", "from", self.service, "to", address, "blackhole")
+    def cut(self, address, source=service):
+        """What goes to that host from the source vanishes; nobody else is concerned."""
+        _ip("rule", "add", "from", source, "to", address, "blackhole")
 
-    def heal(self, address):
-        _ip("rule", "del", "from", self.service, "to", address, "blackhole")
+    def heal(self, address, source=service):
+        _ip("rule", "del", "from", source, "to", address, "blackhole")

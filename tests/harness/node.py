@@ -76,6 +76,7 @@ class Node:
         self.process = None
         self.env = dict(os.environ)
         self.before = []  # words before the command, such as nsenter's
+        self.host = "127.0.0.1"
         self.options = {"node": name, "listen": f"127.0.0.1:{free_port()}", **options}
         self.dir.mkdir(parents=True, exist_ok=True)
 
@@ -261,6 +262,14 @@ class Cluster:
         """A new node, started unless start=False."""
         node = Node(name or f"n{len(self.all) + 1}", self.meta, self.home, **options)
         self.all.append(node)
+        return node.start() if start else node
+
+    def node_on(self, network, name=None, start=True, **options):
+        """A new node on a host of its own, whose address is node.host."""
+        host, before = network.host()
+        node = self.node(name, start=False, **{"listen": f"{host}:7700", **options})
+        node.host = host
+        node.before = before
         return node.start() if start else node
 
     def nodes(self, count, **options):

@@ -20,6 +20,7 @@ from harness import env
 from harness.data import digest, pattern, write_file
 from harness.node import MountFailed
 from harness.wait import eventually
+from harness.wire import Puller, Recorder
 
 MIB = 1 << 20
 
@@ -376,42 +377,6 @@ def test_half_a_frame_and_silence(two):
     assert two[0].alive()
 
 
-class Puller:
-    """A peer that speaks the protocol, as a puller (engine/wire.h), and says what it likes."""
-
-    HELLO, PROOF, ATTACH, ASK, DONE = 1, 3, 4, 8, 13
-
-    def __init__(self, node):
-        host, port = node.options["listen"].rsplit(":", 1)
-        self.link = socket.create_connection((host, int(port)), timeout=5)
-        header = (env.SOURCE / "engine/wire.h").read_text()
-        sizes = {
-            name: int(re.search(rf"WIRE_{name}\s+(0x[0-9a-f]+|\d+)", header).group(1), 0)
-            for name in ("MAGIC", "PROTOCOL", "NONCE")
-        }
-        hello = struct.pack(">IHH", sizes["MAGIC"], sizes["PROTOCOL"], 4) + b"evil"
-        hello += struct.pack(">QQ", 7, 0) + bytes(sizes["NONCE"] + 1)
-        self.link.sendall(b"p2pftcp1")
-        self.say((self.HELLO, hello), (self.PROOF, bytes(32)))
-
-    def say(self, *messages):
-        frames = b""
-        for kind, body in messages:
-            frames += struct.pack(">HHIIQB", 1, 0, 0, 1 + len(body), 0, kind) + body
-        self.link.sendall(frames)
-
-    def listen(self, seconds):
-        """Throws away what comes."""
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.link.settimeout(left)
-            try:
-                assert self.link.recv(MIB), "the link was ended"
-            except TimeoutError:
-                break
-        self.link.settimeout(5)
-
-
 def test_a_puller_that_uses_a_number_again(cluster, tmp_path):
     """It asks for a shard in place, takes that back while it is prepared, and asks for another file's under the same
     number: the one grant under it is the younger one's, and no grant stays behind."""
@@ -439,43 +404,26 @@ def test_a_puller_that_uses_a_number_again(cluster, tmp_path):
     assert appears(reader, "small").read_bytes() == data
 
 
-class Recorder(threading.Thread):
-    """Stands between two nodes and passes on what they say, with the first bytes changed."""
-
-    def __init__(self, upstream, change):
-        super().__init__(daemon=True)
-        self.upstream = upstream
-        self.change = change
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self.server.getsockname()[1]}"
-        self.passed = 0
-        self.start()
-
-    def run(self):
-        while True:
-            try:
-                down, _ = self.server.accept()
-            except OSError:
-                return
-            up = socket.create_connection(self.upstream)
-            for one, other, change in ((down, up, None), (up, down, self.change)):
-                threading.Thread(target=self.pump, args=(one, other, change), daemon=True).start()
-
-    def pump(self, one, other, change):
-        try:
-            while data := one.recv(65536):
-                self.passed += len(data)
-                if change is not None:
-                    data = change(data)
-                    change = None
-                other.sendall(data)
-        except OSError:
-            pass
-        for end in (one, other):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
+def test_a_peer_that_wants_too_much_keeps_nobody_out(two):
+    """One name gets so many links, and follows a version so many times; the next honest peer is served as ever."""
+    holder, reader = two
+    data = register(holder, "f", 4 * MIB)
+    version = bytes.fromhex(holder.xattr("f", "version"))
+    greedy = [Puller(holder, f"greedy{k}") for k in range(8)]
+    for puller in greedy:
+        puller.say(*((Puller.ATTACH, struct.pack(">I", handle) + version) for handle in range(1, 101)))
+        puller.say(
+            *(
+                (Puller.ASK, struct.pack(">IIIBB", 1, request, request % 4, 1, 0))
+                for request in range(1, 101)
+            )
+        )
+    many = [Puller(holder, "many") for _ in range(80)]
+    eventually(lambda: "too many links" in holder.log, what="the 65th link is refused")
+    assert appears(reader, "f").read_bytes() == data
+    for puller in greedy + many:
+        puller.link.close()
+    eventually(lambda: holder.metrics()["p2pfs_grants_open"] == 0, what="no grant open")
 
 
 def flipped(data):

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from harness import data, env
-from harness.network import Network
 from harness.node import free_port
 from harness.services import KINDS, Link, etcd_cluster
 from harness.wait import eventually
@@ -197,12 +196,6 @@ def test_a_flush_of_redis_is_an_outage_too(mounts, make_cluster, tmp_path):
         service.kill()
 
 
-@pytest.fixture
-def network(mounts):
-    with Network() as net:
-        yield net
-
-
 @pytest.fixture(params=list(KINDS))
 def far_service(request, network, tmp_path):
     """A service that each node reaches over a link of its own."""
@@ -210,14 +203,6 @@ def far_service(request, network, tmp_path):
     one.host = network.service
     yield one.start()
     one.kill()
-
-
-def on_host(network, cluster, name):
-    """A node on a host of its own, and the host's address."""
-    address, before = network.host()
-    node = cluster.node(name, start=False, listen=f"{address}:7700", read_timeout=20)
-    node.before = before
-    return node.start(), address
 
 
 def live_peers(node):
@@ -229,9 +214,10 @@ def test_a_node_cut_off_longer_than_its_lease_comes_back_by_itself(
     network, far_service, make_cluster
 ):
     cluster = make_cluster(far_service.url())
-    a, address = on_host(network, cluster, "cut")
-    b, _ = on_host(network, cluster, "other")
-    c, _ = on_host(network, cluster, "dead")
+    a, b, c = (
+        cluster.node_on(network, name, read_timeout=20) for name in ("cut", "other", "dead")
+    )
+    address = a.host
     for seed, node in enumerate((a, b, c)):
         node.path(f"of-{node.name}").write_bytes(data.pattern(1 << 20, seed))
     names = ["of-cut", "of-dead", "of-other"]

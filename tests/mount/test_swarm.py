@@ -1,6 +1,6 @@
 """Many nodes pull one file at once, and some of them die, stop or come and go meanwhile.
 
-Uploads are limited, so that loopback is slow enough for all of them to take part. P2PFS_SEED repeats a run.
+Each is on a host of its own. Uploads are limited, so that all of them take part. P2PFS_SEED repeats a run.
 """
 # ctest: timeout=600
 
@@ -14,6 +14,7 @@ import pytest
 from harness import env
 from harness.data import digest, write_file
 from harness.wait import eventually
+from harness.wire import Spoiler
 
 MIB = 1 << 20
 SIZE = 48 * MIB  # shards of 1 MiB
@@ -28,12 +29,19 @@ def seed():
     return random.Random(value)
 
 
-def swarm(cluster, tmp_path, count):
+@pytest.fixture
+def make_swarm(network, cluster, tmp_path):
     """A registrar whose file lies in place, and nodes that know its name."""
+    return lambda count, **options: swarm(network, cluster, tmp_path, count, **options)
+
+
+def swarm(network, cluster, tmp_path, count, read_timeout=4):
     source = write_file(tmp_path / "source", SIZE)
-    registrar = cluster.node(max_upload=RATE)
+    registrar = cluster.node_on(network, max_upload=RATE)
     os.symlink(source, registrar.path("f"))
-    pullers = cluster.nodes(count, max_upload=RATE, read_timeout="4")
+    pullers = [
+        cluster.node_on(network, max_upload=RATE, read_timeout=read_timeout) for _ in range(count)
+    ]
     for node in pullers:
         eventually(node.path("f").exists, 5, f"f on {node.name}")
     # Digested, so that who remounts may serve at once.
@@ -82,8 +90,8 @@ def under_way(nodes):
     return all(resident(node) < SIZE for node in nodes)
 
 
-def test_the_registrar_sends_little_more_than_one_copy(cluster, tmp_path):
-    registrar, pullers, expected = swarm(cluster, tmp_path, 6)
+def test_the_registrar_sends_little_more_than_one_copy(make_swarm):
+    registrar, pullers, expected = make_swarm(6)
     finish(pull_all(pullers), pullers)
     copies = registrar.status()["bytes_served"] / SIZE
     print(f"the registrar sent {copies:.2f} copies to {len(pullers)} nodes")
@@ -91,9 +99,9 @@ def test_the_registrar_sends_little_more_than_one_copy(cluster, tmp_path):
     check([registrar, *pullers], expected)
 
 
-def test_the_swarm_completes_without_the_registrar(cluster, tmp_path):
+def test_the_swarm_completes_without_the_registrar(make_swarm):
     """It is killed when each shard has left it once; who still fails by then finishes when it returns."""
-    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+    registrar, pullers, expected = make_swarm(4)
     pulls = pull_all(pullers)
     eventually(lambda: registrar.status()["bytes_served"] >= SIZE, 30, "one copy is out")
     registrar.kill9()
@@ -103,9 +111,9 @@ def test_the_swarm_completes_without_the_registrar(cluster, tmp_path):
     check(pullers, expected)
 
 
-def test_readers_fail_and_finish_when_the_registrar_returns(cluster, tmp_path):
+def test_readers_fail_and_finish_when_the_registrar_returns(make_swarm):
     """It is killed before the others have everything among themselves."""
-    registrar, pullers, expected = swarm(cluster, tmp_path, 3)
+    registrar, pullers, expected = make_swarm(3)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     registrar.kill9()
@@ -116,8 +124,8 @@ def test_readers_fail_and_finish_when_the_registrar_returns(cluster, tmp_path):
 
 
 @pytest.mark.parametrize("who", ["registrar", "puller"])
-def test_one_is_stopped_and_goes_on(cluster, tmp_path, who):
-    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+def test_one_is_stopped_and_goes_on(make_swarm, who):
+    registrar, pullers, expected = make_swarm(4)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     stopped = registrar if who == "registrar" else pullers[0]
@@ -132,8 +140,8 @@ def test_one_is_stopped_and_goes_on(cluster, tmp_path, who):
     check([registrar, *pullers], expected)
 
 
-def test_a_third_of_the_nodes_is_killed(cluster, tmp_path, seed):
-    registrar, pullers, expected = swarm(cluster, tmp_path, 6)
+def test_a_third_of_the_nodes_is_killed(make_swarm, seed):
+    registrar, pullers, expected = make_swarm(6)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     killed = seed.sample(pullers, 2)
@@ -147,8 +155,47 @@ def test_a_third_of_the_nodes_is_killed(cluster, tmp_path, seed):
     check([registrar, *others], expected)
 
 
-def test_mounts_come_and_go(cluster, tmp_path, seed):
-    registrar, pullers, expected = swarm(cluster, tmp_path, 5)
+def test_a_cut_between_two_halves_heals(make_swarm, network, seed):
+    """Who is cut off from the registrar gets no wrong byte and is not stuck; once it is reached again, all end."""
+    registrar, pullers, expected = make_swarm(4, read_timeout=30)
+    pulls = pull_all(pullers)
+    assert under_way(pullers)
+    far = seed.sample(pullers, 2)
+    near = [node for node in (registrar, *pullers) if node not in far]
+    roads = [(a.host, b.host) for a in far for b in near]
+    roads += [(b, a) for a, b in roads]
+    for road in roads:
+        network.cut(*road)
+    finish(pulls, near[1:])
+    for road in roads:
+        network.heal(*road)
+    finish(pulls, far)
+    check([registrar, *pullers], expected)
+
+
+@pytest.mark.parametrize("how", ["flip", "starve", "half"])
+def test_a_holder_that_spoils_what_it_sends(make_swarm, network, cluster, how):
+    """It has everything, and its bytes are wrong, or are granted and never come, or its messages break off."""
+    registrar, pullers, expected = make_swarm(3)
+    bad = cluster.node_on(network, "bad", start=False)
+    spoiler = Spoiler((bad.host, 7700), network.service)
+    bad.options["advertise"] = spoiler.address
+    bad.start()
+    bad.cli("pull", "--quiet", "f")
+    for node in pullers:
+        eventually(lambda node=node: node.xattr("f", "replicas") == "2", 10, "bad is a holder")
+    spoiler.how = how
+    finish(pull_all(pullers), pullers)
+    assert spoiler.spoilt > 0
+    if how == "flip":
+        assert sum(node.metrics()["p2pfs_shards_corrupt_total"] for node in pullers) > 0
+        assert "left alone for" in "".join(node.log for node in pullers)
+    check([registrar, bad, *pullers], expected)
+    spoiler.server.close()
+
+
+def test_mounts_come_and_go(make_swarm, seed):
+    registrar, pullers, expected = make_swarm(5)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     for node in seed.sample(pullers, 3):
@@ -163,9 +210,9 @@ def test_mounts_come_and_go(cluster, tmp_path, seed):
     check([registrar, *pullers], expected)
 
 
-def test_evicted_and_removed_while_it_is_pulled(cluster, tmp_path):
+def test_evicted_and_removed_while_it_is_pulled(make_swarm):
     """A replica goes in the middle: the others take it elsewhere. Then the name goes: who has it open reads on."""
-    registrar, pullers, expected = swarm(cluster, tmp_path, 4)
+    registrar, pullers, expected = make_swarm(4)
     first, *rest = pullers
     finish({first.name: pull(first)}, [first])
     pulls = pull_all(rest)
