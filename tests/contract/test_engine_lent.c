@@ -2,6 +2,8 @@
  * through a buffer, and over TCP, where it does not. */
 #include "tests/contract/engine_kit.h"
 
+#include "engine/replica.h"
+
 #define SIZE (2 * MIB + 777)
 
 struct lent {
@@ -125,6 +127,57 @@ static void a_complete_holder_vouches_for_what_its_registrar_left_undigested(voi
     give_back(C, &third);
 }
 
+/* Other bytes, and digests that go with them, of what a node has of a version. */
+static void falsify(struct node *node, const char *name)
+{
+    struct replica *replica = open_name(node, name);
+    pthread_mutex_lock(&replica->lock);
+    for (uint32_t k = 0; k < replica->shards; k++) {
+        if (replica_shard_present(replica, k)) {
+            uint8_t *bytes = replica->map + replica_shard_offset(replica, k);
+            memset(bytes, 0x66, replica_shard_size(replica, k));
+            assert_true(replica_digest_known(replica, k));
+            assert_int_equal(digest_of_shard(replica->digest, bytes, replica_shard_size(replica, k),
+                                             replica->digests + (size_t)k * replica->digest->size),
+                             0);
+        }
+    }
+    pthread_mutex_unlock(&replica->lock);
+    engine_replica_close(node->engine, replica);
+}
+
+/* B lies about shards of a version that has no root yet, and its registrar is slow to send them: nobody else's word is
+ * taken for its digests, so B is asked for nothing. */
+static void a_holder_is_not_believed_before_there_is_a_root(void **state)
+{
+    enum { SHARDS = 4 };
+    B->demand = C->demand = true;
+    up(3);
+    offer_undigested(A, "f");
+    assert_int_equal(read_range(B, "f", 1, 0, SHARDS * SHARD), 0);
+    falsify(B, "f");
+    uint32_t both = 2 * stats(C).lanes; /* so few have a link to each lane */
+    struct replica *replica = open_name(C, "f");
+    struct transport_mem_faults faults = {.stall_fetch_each = 2};
+    transport_mem_faults_set(&faults);
+    for (uint64_t k = 0; k < 2; k++) {
+        struct reading reading;
+        read_begin(&reading, C, replica, k * SHARD, SHARD);
+        uint64_t end = util_now_ms() + WAIT_S * 1000;
+        while (k == 0 && info(C, "f").sources < both && util_now_ms() < end) {
+            nap(1);
+        }
+        assert_int_equal(read_end(&reading, 1), 0);
+    }
+    transport_mem_faults_set(NULL);
+    assert_int_equal(info(C, "f").sources, both);
+    assert_int_equal(received_from(C, "B"), 0);
+    assert_false(info(C, "f").sealed);
+    engine_replica_close(C->engine, replica);
+    expect_quiet(B);
+    give_back(A, &from);
+}
+
 static void a_file_is_read_of_lent_memory_and_lent_memory_filled_from_a_file(void **state)
 {
     up(2);
@@ -183,6 +236,7 @@ static void memory_comes_back_in_the_middle_of_a_pull(void **state)
 static const struct CMUnitTest stories[] = {
     story(shards_cross_ranges_on_their_way),
     story(a_complete_holder_vouches_for_what_its_registrar_left_undigested),
+    story(a_holder_is_not_believed_before_there_is_a_root),
     story(a_file_is_read_of_lent_memory_and_lent_memory_filled_from_a_file),
     story(what_breaks_on_its_way_is_fetched_again),
     story(memory_comes_back_in_the_middle_of_a_pull),
