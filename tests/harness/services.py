@@ -280,12 +280,15 @@ class Link:
         self._open = threading.Event()
         self._open.set()
         self._end = False
+        self._ages = 0  # connections older than this end
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def cut(self):
+    def cut(self, for_good=False):
+        """for_good: connections that there are now end when it is healed, with what was on its way."""
         self._open.clear()
+        self._ages += for_good
 
     def heal(self):
         self._open.set()
@@ -308,11 +311,12 @@ class Link:
             threading.Thread(target=self._relay, args=(near, far), daemon=True).start()
 
     def _relay(self, near, far):
+        age = self._ages
         with near, far:
             while True:
                 ready, _, _ = select.select([near, far], [], [], 1)
                 self._open.wait()
-                if self._end:
+                if self._end or age < self._ages:
                     return
                 for one in ready:
                     try:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+import urllib.error
 
 import pytest
 
@@ -263,6 +264,34 @@ def test_a_slow_service_delays_changes_only(service, make_cluster):
         eventually(lambda: b.path("late").read_bytes() == b"late but whole")
     finally:
         link.close()
+
+
+@pytest.mark.limit(100)
+def test_changes_that_etcd_has_compacted_are_not_missed(mounts, make_cluster, tmp_path):
+    service = KINDS["etcd"](tmp_path / "service").start()
+    link = Link(service.port)
+    key = {"key": "YQ=="}
+    try:
+        a = make_cluster(service.url(port=link.port)).node("away")
+        b = make_cluster(service.url()).node("here")
+        populate(b, a)
+        link.cut(for_good=True)
+        known = int(service.ask("kv/range", key)["header"]["revision"])
+        b.path("more").write_bytes(b"x")
+        b.path("dir").rename(b.path("moved"))
+        b.path("latest").unlink()
+        now = service.ask("kv/range", key)["header"]["revision"]
+        service.ask("kv/compaction", {"revision": now, "physical": True})
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            service.ask("kv/range", key | {"revision": str(known)})
+        assert b"compacted" in raised.value.read()
+        link.heal()
+        agree(a, b)
+        assert set(answers(a)) == {"big", "moved", "more"}
+        works(a, b, "after")
+    finally:
+        link.close()
+        service.kill()
 
 
 @pytest.mark.limit(150)
