@@ -61,11 +61,9 @@ static void leave(struct bucket *bucket, struct bucket_ticket *ticket)
 }
 
 /* Goes to the end of its line. Lock held. */
-static void enter(struct bucket *bucket, struct bucket_ticket *ticket, size_t want, bool urgent,
+static void enter(struct bucket *bucket, struct bucket_ticket *ticket, size_t bytes, bool urgent,
                   uint64_t now, uint64_t rate)
 {
-    size_t most = piece(rate);
-    size_t bytes = want < most ? want : most;
     uint64_t ns = cost(bytes, rate);
     uint64_t earliest = now > BUCKET_BURST_NS ? now - BUCKET_BURST_NS : 0;
     uint64_t start = bucket->free_ns > earliest ? bucket->free_ns : earliest;
@@ -97,8 +95,8 @@ static void give_back(struct bucket *bucket, struct bucket_ticket *ticket, uint6
     leave(bucket, ticket);
 }
 
-size_t bucket_take(struct bucket *bucket, struct bucket_ticket *ticket, size_t want, bool urgent,
-                   uint64_t now_ns, uint64_t *wait_ns)
+static size_t take(struct bucket *bucket, struct bucket_ticket *ticket, size_t want, bool whole,
+                   bool urgent, uint64_t now_ns, uint64_t *wait_ns)
 {
     if (bucket_rate(bucket) == 0) {
         ticket->bytes = 0; /* its epoch is over */
@@ -116,7 +114,8 @@ size_t bucket_take(struct bucket *bucket, struct bucket_ticket *ticket, size_t w
         give_back(bucket, ticket, rate);
     }
     if (!ticket->bytes) {
-        enter(bucket, ticket, want, urgent, now_ns, rate);
+        size_t most = whole ? want : piece(rate);
+        enter(bucket, ticket, want < most ? want : most, urgent, now_ns, rate);
     }
     if (!ticket->urgent) { /* what went before since */
         ticket->due_ns += bucket->pushed_ns - ticket->pushed_ns;
@@ -132,6 +131,18 @@ size_t bucket_take(struct bucket *bucket, struct bucket_ticket *ticket, size_t w
 unlock:
     pthread_mutex_unlock(&bucket->lock);
     return granted;
+}
+
+size_t bucket_take(struct bucket *bucket, struct bucket_ticket *ticket, size_t want, bool urgent,
+                   uint64_t now_ns, uint64_t *wait_ns)
+{
+    return take(bucket, ticket, want, false, urgent, now_ns, wait_ns);
+}
+
+size_t bucket_take_whole(struct bucket *bucket, struct bucket_ticket *ticket, size_t want,
+                         bool urgent, uint64_t now_ns, uint64_t *wait_ns)
+{
+    return take(bucket, ticket, want, true, urgent, now_ns, wait_ns);
 }
 
 void bucket_leave(struct bucket *bucket, struct bucket_ticket *ticket)

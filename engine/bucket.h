@@ -53,6 +53,9 @@ size_t bucket_piece(const struct bucket *bucket);
  * passed; ask again then, with the same ticket, which keeps the place. */
 size_t bucket_take(struct bucket *bucket, struct bucket_ticket *ticket, size_t want, bool urgent,
                    uint64_t now_ns, uint64_t *wait_ns);
+/* The same, but all of `want` or nothing: for what cannot be given by pieces. */
+size_t bucket_take_whole(struct bucket *bucket, struct bucket_ticket *ticket, size_t want,
+                         bool urgent, uint64_t now_ns, uint64_t *wait_ns);
 /* Leaves the line. Harmless for who is not in it. */
 void bucket_leave(struct bucket *bucket, struct bucket_ticket *ticket);
 

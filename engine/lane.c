@@ -58,6 +58,7 @@ int lane_open(struct engine *engine, unsigned index, struct lane **lane)
     l->engine = engine;
     l->index = index;
     l->tick.due = tick;
+    l->pace.due = serve_pace;
     l->kick.run = kicked;
     int status = loop_open(&l->loop);
     if (status < 0) {
@@ -105,6 +106,7 @@ static void *lane_main(void *arg)
     loop_run(lane->loop);
     /* Still on this thread, so that links and fetches end where they lived. */
     loop_timer_clear(lane->loop, &lane->tick);
+    loop_timer_clear(lane->loop, &lane->pace);
     pull_close_all(lane);
     supplier_close_all(lane);
     serve_close_all(lane);

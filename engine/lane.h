@@ -23,6 +23,7 @@ struct lane {
     struct transport *transport;
     struct transport *fast; /* RDMA, or NULL */
     struct loop_timer tick;
+    struct loop_timer pace;     /* serve's: uploads that wait for their limit */
     struct pull *pulls;         /* utlist */
     struct supplier *suppliers; /* utlist: outgoing links, one for each peer that pulls need */
     struct session *sessions;   /* utlist: accepted links */

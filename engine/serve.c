@@ -251,8 +251,28 @@ void serve_news(struct lane *lane)
     }
 }
 
+static void pace_all(struct lane *lane)
+{
+    struct session *s;
+    DL_FOREACH(lane->sessions, s) {
+        struct grant *grant;
+        struct grant *next;
+        HASH_ITER(hh, s->grants, grant, next) {
+            grant_pace(s, grant);
+        }
+    }
+}
+
+void serve_pace(struct loop_timer *timer)
+{
+    struct lane *lane = util_container(timer, struct lane, pace);
+    pace_all(lane);
+    grant_dispatch(lane);
+}
+
 void serve_tick(struct lane *lane, uint64_t now_ns)
 {
+    pace_all(lane);
     pthread_mutex_lock(&lane->engine->slots_lock);
     slots_overdue(&lane->engine->slots, now_ns);
     pthread_mutex_unlock(&lane->engine->slots_lock);

@@ -16,6 +16,8 @@ void serve_writable(struct link *link);
 void serve_exposed_sent(struct link *link, uint32_t id);
 void serve_down(struct link *link, int error, const char *reason);
 
+/* Grants that waited for the limit of uploads. */
+void serve_pace(struct loop_timer *timer);
 void serve_tick(struct lane *lane, uint64_t now_ns);
 /* Tells attached peers what has landed here since the last time (HAVE, DIGESTS). */
 void serve_news(struct lane *lane);

@@ -54,6 +54,7 @@ void grant_end(struct session *s, struct grant *grant, bool done)
     /* NOLINTNEXTLINE(clang-analyzer-unix.Malloc): the loop took the next one before */
     HASH_DEL(s->grants, grant);
     slot_end(s, grant, done);
+    bucket_leave(&s->lane->engine->upload, &grant->ticket);
     if (grant->exposed) {
         s->link->transport->ops->unexpose(s->link, grant->request);
         pthread_mutex_lock(&grant->replica->lock);
@@ -94,8 +95,29 @@ static void busy_send(struct session *s, uint32_t request, uint32_t retry_ms,
 
 /* ---- a slot is free: grant ---- */
 
+/* A peer that reads by itself cannot be slowed down while it does, so a limit holds up the grant. */
+static bool must_wait(struct session *s, struct grant *grant)
+{
+    struct lane *lane = s->lane;
+    uint64_t now = util_now_ns();
+    uint64_t wait = 0;
+    if (!s->link->transport->ops->one_sided) {
+        return false;
+    }
+    grant->paced = bucket_take_whole(&lane->engine->upload, &grant->ticket,
+                                     replica_shard_size(grant->replica, grant->shard),
+                                     grant->ask.urgent, now, &wait) == 0;
+    if (grant->paced && (lane->pace.due_ns == 0 || lane->pace.due_ns > now + wait)) {
+        (void)loop_timer_set(lane->loop, &lane->pace, wait); /* else the tick looks */
+    }
+    return grant->paced;
+}
+
 static void grant_expose(struct session *s, struct grant *grant)
 {
+    if (must_wait(s, grant)) {
+        return;
+    }
     struct replica *replica = grant->replica;
     uint32_t shard = grant->shard;
     struct transport_region region = {.length = replica_shard_size(replica, shard)};
@@ -140,6 +162,13 @@ static void grant_expose(struct session *s, struct grant *grant)
         uint32_t request = grant->request;
         grant_end(s, grant, false);
         busy_send(s, request, SERVE_BUSY_MS, NULL, 0);
+    }
+}
+
+void grant_pace(struct session *s, struct grant *grant)
+{
+    if (grant->paced) {
+        grant_expose(s, grant);
     }
 }
 

@@ -42,6 +42,8 @@ struct grant {
     bool exposed;  /* false: waits, or an in-place shard is being looked at by a work thread */
     bool sent;     /* all of it has been handed to the network */
     bool promised; /* it stands in the version's book */
+    bool paced;    /* it waits for the limit of uploads, in which `ticket` is its place */
+    struct bucket_ticket ticket;
     UT_hash_handle hh;
 };
 
@@ -85,6 +87,8 @@ void grant_done(struct session *s, uint32_t request);
 void grant_end(struct session *s, struct grant *grant, bool done);
 /* Takes it back; from a peer that reads by itself only after it had time to let go (SERVE_FENCE_NS). */
 void grant_revoke(struct session *s, struct grant *grant);
+/* What waited for the limit of uploads may have its turn. */
+void grant_pace(struct session *s, struct grant *grant);
 /* A grant that no longer counts, or waits behind one: what was promised to its peer is free for others. */
 void grant_overdue(struct session *s, struct grant *grant);
 /* Free slots go on to whoever waits, on whichever lane. Outside of every loop over grants and sessions. */

@@ -258,9 +258,35 @@ static void test_nobody_asks_in_vain_often(void **state)
     bucket_close(&s.bucket);
 }
 
+/* What cannot be cut waits for all that was taken before, and then takes as long as its pieces would. */
+static void a_whole_takes_its_time(void **state)
+{
+    (void)state;
+    struct bucket bucket;
+    struct bucket_ticket ticket = {0}, next = {0};
+    uint64_t now = 1000 * SECOND, wait = 0;
+    bucket_open(&bucket, MIB);
+    assert_int_equal(bucket_take_whole(&bucket, &ticket, 64 * MIB, false, now, &wait), 64 * MIB);
+    assert_int_equal(bucket_take_whole(&bucket, &next, 8 * MIB, false, now, &wait), 0);
+    assert_int_equal(bucket_take_whole(&bucket, &next, 8 * MIB, false, now + 63 * SECOND, &wait),
+                     0);
+    assert_int_equal(bucket_take_whole(&bucket, &next, 8 * MIB, false, now + 64 * SECOND, &wait),
+                     8 * MIB);
+    // a place that is given up costs nobody behind it anything
+    assert_int_equal(bucket_take_whole(&bucket, &ticket, 64 * MIB, false, now + 64 * SECOND, &wait),
+                     0);
+    bucket_leave(&bucket, &ticket);
+    assert_int_equal(bucket_take_whole(&bucket, &next, MIB, false, now + 72 * SECOND, &wait), MIB);
+    // and without a limit nothing waits
+    bucket_rate_set(&bucket, 0);
+    assert_int_equal(bucket_take_whole(&bucket, &ticket, 64 * MIB, false, now, &wait), 64 * MIB);
+    bucket_close(&bucket);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_whole_takes_its_time),
         cmocka_unit_test(test_no_limit_is_no_limit),
         cmocka_unit_test(test_the_rate_holds_for_any_number_of_takers),
         cmocka_unit_test(test_takers_share_alike),
