@@ -141,6 +141,9 @@ int address_advertised(const char *advertise, const char *bound, char out[MODEL_
 {
     const char *port = strrchr(bound, ':');
     char host[MODEL_ADDRESS_MAX + 1];
+    if (strchr(bound, ',') != NULL) // of several adapters, which one name cannot stand for
+        return snprintf(out, MODEL_ADDRESS_MAX + 1, "%s", bound) > MODEL_ADDRESS_MAX ? -ENAMETOOLONG
+                                                                                     : 0;
     if (advertise != NULL) {
         bool whole = address_valid(advertise, false);
         int length = snprintf(out, MODEL_ADDRESS_MAX + 1, "%s%s", advertise, whole ? "" : port);

@@ -9,6 +9,7 @@
 #include "engine/digest.h"
 #include "engine/engine.h"
 #include "engine/slots.h"
+#include "engine/topology.h"
 #include "engine/transport.h"
 #include "engine/work.h"
 
@@ -38,7 +39,9 @@ struct engine {
     const struct digest_ops *digest;
     const struct transport_ops *transport;
     const struct transport_ops *fast; /* RDMA beside it; NULL: none, and fast_why tells why */
-    char fast_why[160];
+    char fast_why[TOPOLOGY_WHY_MAX];
+    struct transport_rail rails[TOPOLOGY_RAILS_MAX];
+    unsigned rail_count;
     char fast_address[TRANSPORT_NAME_MAX + 1];
     struct storage *storage;
     struct cache *cache;

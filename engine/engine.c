@@ -67,6 +67,8 @@ static void config_free(struct engine_config *config)
     free((char *)config->node);
     free((char *)config->listen);
     free((char *)config->transport);
+    free((char *)config->rdma_devices);
+    free((char *)config->rdma_matrix);
     free((char *)config->congestion);
     free((char *)config->cache_dir);
     free((char *)config->exclude_dir);
@@ -85,6 +87,8 @@ static int config_copy(struct engine_config *to, const struct engine_config *fro
     status |= text_copy(&to->node, from->node);
     status |= text_copy(&to->listen, from->listen);
     status |= text_copy(&to->transport, from->transport);
+    status |= text_copy(&to->rdma_devices, from->rdma_devices);
+    status |= text_copy(&to->rdma_matrix, from->rdma_matrix);
     status |= text_copy(&to->congestion, from->congestion);
     status |= text_copy(&to->cache_dir, from->cache_dir);
     status |= text_copy(&to->exclude_dir, from->exclude_dir);
@@ -225,6 +229,11 @@ const char *engine_address(const struct engine *engine)
 const char *engine_rdma_address(const struct engine *engine)
 {
     return engine->fast ? engine->fast_address : "";
+}
+
+size_t engine_adapters(const struct engine *engine, struct transport_adapter *out, size_t room)
+{
+    return engine->fast ? engine->fast->adapters(out, room) : 0;
 }
 
 void engine_adopt(struct engine *engine)

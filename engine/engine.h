@@ -34,7 +34,11 @@ struct engine_config {
     const char *listen;    /* "host:port"; port 0: any */
     const char *transport; /* "tcp" */
     enum engine_rdma rdma;
-    const char *congestion; /* or NULL */
+    const char *rdma_devices; /* NAME[,NAME], or NULL; see topology.h */
+    const char *rdma_matrix;  /* as text, or NULL */
+    unsigned rdma_gid;        /* index + 1; 0: chosen */
+    unsigned rdma_port;       /* 0: chosen */
+    const char *congestion;   /* or NULL */
     uint64_t cache_size;   /* bytes of replicas in memory (files registered in place don't count) */
     const char *cache_dir; /* NULL: memory; else replicas are unnamed files in that directory */
     uint32_t shard_size;   /* 0: model_shard_auto */
@@ -53,6 +57,9 @@ struct engine_config {
 int engine_open(const struct engine_config *config, struct engine **engine, char **error);
 const char *engine_address(const struct engine *engine);      /* "host:port" as bound */
 const char *engine_rdma_address(const struct engine *engine); /* the same for RDMA; "": not used */
+/* The adapters that RDMA uses; how many were filled in. */
+struct transport_adapter;
+size_t engine_adapters(const struct engine *engine, struct transport_adapter *out, size_t room);
 /* After catalog_serve: offers again the files that this node (by name) had registered in place and that are unchanged. */
 void engine_adopt(struct engine *engine);
 /* Withdraws, fails every waiter with -ESHUTDOWN, ends all threads. All replicas must be closed. Blocking. */

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "engine/lane.h"
@@ -20,18 +21,20 @@ static int lane_fast_open(struct lane *lane)
 {
     struct engine *engine = lane->engine;
     const struct transport_ops *fast = engine->fast;
-    /* Connections come from where this node listens, which chooses the device; RDMA's ports are not TCP's, so the same
-     * number is as good as any. */
-    const char *host = engine->config.listen;
-    bool any = strncmp(host, "0.0.0.0:", 8) == 0 || strncmp(host, "[::]:", 5) == 0;
     struct transport_config config = {.upload = &engine->upload,
                                       .download = &engine->download,
-                                      .source = any ? NULL : engine->address};
+                                      .rails = engine->rails,
+                                      .rail_count = engine->rail_count};
     int status = fast->open(lane->loop, &config, &lane_events, lane, &lane->fast);
     if (status < 0 || lane->index > 0) {
         return status;
     }
-    status = fast->listen(lane->fast, engine->address, engine->fast_address);
+    /* RDMA's ports are not TCP's, so the same number is as good as any. */
+    char address[TRANSPORT_NAME_MAX + 1];
+    const char *host = engine->rail_count > 0 ? engine->rails[0].address : engine->address;
+    snprintf(address, sizeof address, "%.*s%s", (int)(strrchr(host, ':') - host), host,
+             strrchr(engine->address, ':'));
+    status = fast->listen(lane->fast, address, engine->fast_address);
     if (status < 0) {
         fast->close(lane->fast);
         lane->fast = NULL;
@@ -39,6 +42,35 @@ static int lane_fast_open(struct lane *lane)
     }
     fast->share(lane->fast, next_fast, lane);
     return 0;
+}
+
+/* Connections come from where this node listens, or from the adapters that the user names, or from all that are up. */
+static int rails_choose(struct engine *engine)
+{
+    const struct engine_config *config = &engine->config;
+    const char *address = engine->address;
+    bool v6 = address[0] == '[';
+    bool any = strncmp(address, "0.0.0.0:", 8) == 0 || strncmp(address, "[::]:", 5) == 0;
+    char host[TRANSPORT_NAME_MAX + 1];
+    snprintf(host, sizeof host, "%.*s", (int)(strrchr(address, ':') - address - 2 * v6),
+             address + v6);
+    struct topology_wish wish = {.devices = config->rdma_devices,
+                                 .matrix = config->rdma_matrix,
+                                 .gid_index = (int)config->rdma_gid - 1,
+                                 .port = config->rdma_port,
+                                 .host = any ? NULL : host};
+    struct topology *topology = malloc(sizeof *topology);
+    int status = topology ? topology_read("/sys", &wish, topology) : -ENOMEM;
+    if (status == 0) {
+        status =
+            topology_choose(topology, &wish, engine->rails, &engine->rail_count, engine->fast_why);
+    }
+    free(topology);
+    if (status == 0 && engine->rail_count == 0 && !any) {
+        snprintf(engine->rails[0].address, sizeof engine->rails[0].address, "%s", address);
+        engine->rail_count = 1;
+    }
+    return status;
 }
 
 static bool loopback(const struct engine *engine)
@@ -67,7 +99,7 @@ int fast_open(struct engine *engine, char **error)
         return 0;
     }
     engine->fast = loopback(engine) ? NULL : transport_by_name("rdma");
-    int status = engine->fast ? 0 : -EOPNOTSUPP;
+    int status = engine->fast ? rails_choose(engine) : -EOPNOTSUPP;
     for (unsigned i = 0; status == 0 && i < engine->lane_count; i++) {
         status = lane_fast_open(engine->lanes[i]);
     }
@@ -82,9 +114,13 @@ int fast_open(struct engine *engine, char **error)
         engine->lanes[i]->fast = NULL;
     }
     engine->fast = NULL;
-    snprintf(engine->fast_why, sizeof engine->fast_why, "%s", fast_reason(engine, status));
+    bool named =
+        engine->config.rdma_devices || engine->config.rdma_matrix || engine->config.rdma_gid > 0;
+    if (!engine->fast_why[0]) {
+        snprintf(engine->fast_why, sizeof engine->fast_why, "%s", fast_reason(engine, status));
+    }
     if (wanted == ENGINE_RDMA_AUTO) {
-        log_debug("RDMA is not used: %s", engine->fast_why);
+        log_say(named ? LOG_WARN : LOG_DEBUG, "RDMA is not used: %s", engine->fast_why);
         return 0;
     }
     if (asprintf(error, "%s: %s; p2pfs doctor tells more",

@@ -323,6 +323,8 @@ static int node_open(struct p2pstore *store, const struct settings *s)
                                    .listen = s->listen,
                                    .transport = "tcp",
                                    .rdma = rdma_wanted(s),
+                                   .rdma_devices = s->device,
+                                   .rdma_matrix = s->nic_priority_matrix,
                                    .congestion = s->tcp_congestion,
                                    .digest = s->digest,
                                    .fetch_whole = true,

@@ -3,11 +3,13 @@
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 
 #include "engine/extents.h"
+#include "engine/transport.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -63,6 +65,22 @@ int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device)
     pthread_mutex_unlock(&devices_lock);
     *device = found;
     return r;
+}
+
+size_t rdma_devices(struct transport_adapter *out, size_t room)
+{
+    size_t count = 0;
+    pthread_mutex_lock(&devices_lock);
+    for (struct rdma_device *d = devices; d && count < room; d = d->next) {
+        struct transport_adapter *adapter = &out[count++];
+        *adapter = (struct transport_adapter){.received = atomic_load(&d->received),
+                                              .rails = atomic_load(&d->rails),
+                                              .failures = atomic_load(&d->failures)};
+        snprintf(adapter->device, sizeof(adapter->device), "%s",
+                 ibv_get_device_name(d->verbs->device));
+    }
+    pthread_mutex_unlock(&devices_lock);
+    return count;
 }
 
 static void registering_failed(struct rdma_device *device, size_t length, int error)

@@ -7,6 +7,8 @@
 
 #include <infiniband/verbs.h>
 
+#include <stdatomic.h>
+
 #include "engine/mailbox.h"
 #include "engine/work.h"
 
@@ -17,11 +19,18 @@ struct rdma_device {
     struct ibv_pd *pd;
     struct ibv_device_attr limits;
     struct work *work;
+    atomic_ullong received; /* bytes of shards that came by it */
+    atomic_uint rails;      /* open connections that carry shards */
+    atomic_uint failures;   /* of them */
     struct rdma_device *next;
 };
 
 /* For the context that librdmacm opened. 0, or negative errno. */
 int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device);
+
+/* All that were got. */
+struct transport_adapter;
+size_t rdma_devices(struct transport_adapter *out, size_t room);
 
 /* Registers memory at once. 0; -ENOMEM with one line in the log that names the remedy, when it is the limit of locked
  * memory; another negative errno. */

@@ -38,48 +38,25 @@ static int receive_post(struct rdma_link *link, unsigned slot)
     struct ibv_recv_wr request = {
         .wr_id = RDMA_WORK_RECEIVE * 256 + slot, .sg_list = &piece, .num_sge = 1};
     struct ibv_recv_wr *bad;
-    return -ibv_post_recv(link->id->qp, &request, &bad);
+    return -ibv_post_recv(link->rails[0].id->qp, &request, &bad);
 }
 
-static unsigned at_most(unsigned wanted, int limit)
+int rdma_link_pair(struct rdma_link *link)
 {
-    return limit > 0 && (unsigned)limit < wanted ? (unsigned)limit : wanted;
-}
-
-int rdma_link_pair(struct rdma_link *link, struct rdma_completions *completions)
-{
-    struct rdma_device *device = completions->device;
-    const struct ibv_device_attr *limits = &device->limits;
+    struct rdma_rail *rail = &link->rails[0];
     size_t bytes = 2ull * RDMA_FRAMES * RDMA_FRAME_BYTES;
-    link->device = device;
-    link->reads_limit = at_most(RDMA_READS, limits->max_qp_init_rd_atom);
-    link->reads_window = at_most(RDMA_READS_FIRST, (int)link->reads_limit);
-    struct ibv_qp_init_attr wanted = {
-        .qp_type = IBV_QPT_RC,
-        .cap = {.max_send_wr = RDMA_FRAMES + link->reads_limit,
-                .max_recv_wr = RDMA_FRAMES,
-                .max_send_sge = 1,
-                .max_recv_sge = 1},
-        .sq_sig_all = 1,
-    };
-    int entries = (int)(wanted.cap.max_send_wr + wanted.cap.max_recv_wr);
-    if (limits->max_qp_wr < (int)wanted.cap.max_send_wr || limits->max_cqe < entries)
-        return -ENOSPC;
+    int r = rdma_rail_pair(rail, RDMA_FRAMES);
+    if (r < 0)
+        return r;
     link->frames = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (link->frames == MAP_FAILED) {
         link->frames = NULL;
         return -ENOMEM;
     }
-    int r = rdma_memory_register(device, link->frames, bytes, IBV_ACCESS_LOCAL_WRITE,
-                                 &link->frames_region);
+    r = rdma_memory_register(rail->device, link->frames, bytes, IBV_ACCESS_LOCAL_WRITE,
+                             &link->frames_region);
     if (r < 0)
         return r;
-    link->queue_pair_events = ibv_create_cq(device->verbs, entries, link, completions->channel, 0);
-    if (!link->queue_pair_events)
-        return errno ? -errno : -ENOMEM;
-    wanted.send_cq = wanted.recv_cq = link->queue_pair_events;
-    if (rdma_create_qp(link->id, device->pd, &wanted) < 0)
-        return -errno;
     for (unsigned i = 0; i < RDMA_FRAMES; i++) {
         link->idle_slots[i] = (uint8_t)i;
         r = receive_post(link, i);
@@ -87,23 +64,14 @@ int rdma_link_pair(struct rdma_link *link, struct rdma_completions *completions)
             return r;
     }
     link->idle_count = RDMA_FRAMES;
-    return -ibv_req_notify_cq(link->queue_pair_events, 0);
+    return 0;
 }
 
 void rdma_link_unpair(struct rdma_link *link)
 {
-    if (!link->id)
-        return;
-    if (link->queue_pair_events)
-        rdma_link_collect(link); // what arrived before the end
-    rdma_disconnect(link->id);   // harmless when it was never connected
-    if (link->id->qp)
-        rdma_destroy_qp(link->id);
-    rdma_destroy_id(link->id); // no event of it comes any more
-    link->id = NULL;
-    if (link->queue_pair_events)
-        ibv_destroy_cq(link->queue_pair_events);
-    link->queue_pair_events = NULL;
+    rdma_rails_refuse(link);
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        rdma_rail_unpair(&link->rails[i]);
 }
 
 void rdma_link_forget(struct rdma_link *link)
@@ -120,65 +88,11 @@ void rdma_link_forget(struct rdma_link *link)
 
 // -- Completions ----------------------------------------------------------------------------------
 
-static void completion_failed(struct rdma_link *link, const struct ibv_wc *wc)
-{
-    switch (wc->status) {
-    case IBV_WC_WR_FLUSH_ERR:
-        rdma_link_break(link, -ECONNRESET, "the connection ended");
-        break;
-    case IBV_WC_RETRY_EXC_ERR:
-    case IBV_WC_RNR_RETRY_EXC_ERR:
-        rdma_link_break(link, -ETIMEDOUT, "the other side stopped answering");
-        break;
-    case IBV_WC_REM_ACCESS_ERR:
-        rdma_link_break(link, -EIO, "it took a shard back while it was being read");
-        break;
-    default:
-        rdma_link_break(link, -ENETDOWN, "RDMA failed: %s", ibv_wc_status_str(wc->status));
-        break;
-    }
-}
-
-static void completion_take(struct rdma_link *link, const struct ibv_wc *wc)
-{
-    unsigned slot = wc->wr_id % 256;
-    switch ((enum rdma_work)(wc->wr_id / 256)) {
-    case RDMA_WORK_RECEIVE:
-        if (wc->status == IBV_WC_SUCCESS) {
-            unsigned at = (link->arrived_begin + link->arrived_count++) % RDMA_FRAMES;
-            link->arrived[at].slot = (uint8_t)slot;
-            link->arrived[at].length = wc->byte_len;
-        }
-        break;
-    case RDMA_WORK_SEND:
-        link->idle_slots[link->idle_count++] = (uint8_t)slot;
-        break;
-    case RDMA_WORK_READ:
-        rdma_shard_read_done(link, wc->status == IBV_WC_SUCCESS);
-        break;
-    }
-}
-
 void rdma_link_collect(struct rdma_link *link)
 {
-    struct ibv_wc list[16];
-    int count;
-    struct ibv_wc failed = {.status = IBV_WC_SUCCESS};
-    while ((count = ibv_poll_cq(link->queue_pair_events, (int)util_count(list), list)) > 0) {
-        link->heard_ns = util_now_ns();
-        rdma_link_mark(link);
-        for (int i = 0; i < count; i++) {
-            completion_take(link, &list[i]);
-            // the first failure tells why; the rest is flushed because of it
-            if (list[i].status != IBV_WC_SUCCESS && failed.status == IBV_WC_SUCCESS)
-                failed = list[i];
-        }
-    }
-    if (failed.status != IBV_WC_SUCCESS && link->state == RDMA_OPEN) {
-        log_debug("%s: RDMA completion: %s (vendor error 0x%x)", link->base.peer,
-                  ibv_wc_status_str(failed.status), failed.vendor_err);
-        completion_failed(link, &failed);
-    }
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        if (link->rails[i].completions)
+            rdma_rail_collect(&link->rails[i]);
 }
 
 // -- Sending --------------------------------------------------------------------------------------
@@ -203,7 +117,7 @@ static void frame_send(struct rdma_link *link, enum frame_kind kind, bool more, 
                                   .num_sge = 1,
                                   .opcode = IBV_WR_SEND};
     struct ibv_send_wr *bad;
-    int error = ibv_post_send(link->id->qp, &request, &bad);
+    int error = ibv_post_send(link->rails[0].id->qp, &request, &bad);
     if (error) {
         link->idle_slots[link->idle_count++] = slot;
         rdma_link_break(link, -error, "a message cannot be sent: %s", strerror(error));
@@ -239,8 +153,8 @@ void rdma_link_push(struct rdma_link *link)
 void rdma_link_heartbeat(struct rdma_link *link, uint64_t now_ns)
 {
     // an unanswered frame fails by itself when the device has repeated it in vain
-    if (link->state == RDMA_OPEN && now_ns - link->heard_ns > HEARTBEAT_NS && link->credits > 1 &&
-        link->idle_count == RDMA_FRAMES)
+    if (link->state == RDMA_OPEN && now_ns - link->rails[0].heard_ns > HEARTBEAT_NS &&
+        link->credits > 1 && link->idle_count == RDMA_FRAMES)
         frame_send(link, FRAME_CREDITS, false, 0, NULL);
 }
 
@@ -365,7 +279,8 @@ void rdma_link_turn(struct rdma_link *link)
     }
     rdma_shard_post(link);
     rdma_link_push(link);
-    if (link->reads_count > 0 && link->spin_ns == 0 && link->reads_window > RDMA_READS_FIRST)
+    if (link->reads_count > 0 && link->spin_ns == 0 &&
+        link->rails[0].reads_window > RDMA_READS_FIRST)
         link->spin_ns = SPIN_FIRST_NS; // READs have become quick: polling on may pay
     spin(link);
 }

@@ -29,8 +29,9 @@ static struct rdma_exposure *exposure_find(struct rdma_link *link, uint32_t id)
 
 static void exposure_end(struct rdma_exposure *e)
 {
-    if (e->region)
-        ibv_dereg_mr(e->region);
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        if (e->regions[i])
+            ibv_dereg_mr(e->regions[i]);
     if (e->map)
         munmap(e->map, e->map_length);
     free(e);
@@ -57,6 +58,21 @@ static int exposure_map(struct rdma_exposure *e, const struct transport_region *
     return 0;
 }
 
+/* With every rail's device; the first must, the others may. */
+static int exposure_register(struct rdma_link *link, struct rdma_exposure *e, void *at,
+                             size_t length)
+{
+    int first = 0;
+    for (unsigned i = 0; i < RDMA_RAILS; i++) {
+        if (link->rails[i].state != RDMA_RAIL_OPEN)
+            continue;
+        int r = rdma_memory_register(link->rails[i].device, at, length, IBV_ACCESS_REMOTE_READ,
+                                     &e->regions[i]);
+        first = i == 0 ? r : first;
+    }
+    return first;
+}
+
 int rdma_link_expose(struct link *base, uint32_t id, const struct transport_region *region,
                      bool urgent, struct transport_descriptor *descriptor)
 {
@@ -72,8 +88,7 @@ int rdma_link_expose(struct link *base, uint32_t id, const struct transport_regi
     void *at = NULL;
     int r = region->length > 0 ? exposure_map(e, region, &at) : 0;
     if (r == 0 && region->length > 0)
-        r = rdma_memory_register(link->device, at, region->length, IBV_ACCESS_REMOTE_READ,
-                                 &e->region);
+        r = exposure_register(link, e, at, region->length);
     if (r < 0) {
         exposure_end(e);
         return r;
@@ -85,7 +100,8 @@ int rdma_link_expose(struct link *base, uint32_t id, const struct transport_regi
     buf_put_u32(&b, id);
     buf_put_u64(&b, region->length);
     buf_put_u64(&b, (uintptr_t)at);
-    buf_put_u32(&b, e->region ? e->region->rkey : 0);
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        buf_put_u32(&b, e->regions[i] ? e->regions[i]->rkey : 0);
     descriptor->length = (uint8_t)b.at;
     return 0;
 }
@@ -97,11 +113,13 @@ void rdma_link_unexpose(struct link *base, uint32_t id)
     if (!e)
         return;
     LL_DELETE(link->exposures, e);
-    int error = e->region ? ibv_dereg_mr(e->region) : 0;
-    if (error) // the fence that always holds; without a queue pair nothing can be read
-        rdma_link_break(link, -error, "memory cannot be taken back: %s", strerror(error));
-    else
-        e->region = NULL;
+    for (unsigned i = 0; i < RDMA_RAILS; i++) {
+        int error = e->regions[i] ? ibv_dereg_mr(e->regions[i]) : 0;
+        if (error) // the fence that always holds; without a queue pair nothing can be read
+            rdma_link_break(link, -error, "memory cannot be taken back: %s", strerror(error));
+        else
+            e->regions[i] = NULL;
+    }
     exposure_end(e);
 }
 
@@ -112,7 +130,11 @@ static struct transport_fetch *pull_end(struct rdma_link *link, struct rdma_pull
 {
     struct transport_fetch *fetch = pull->fetch;
     DL_DELETE(link->pulls, pull);
-    rdma_memory_retire(link->device, pull->region, pull->lent);
+    for (unsigned i = link->lost_count; i-- > 0;)
+        if (link->lost[i].pull == pull)
+            link->lost[i] = link->lost[--link->lost_count];
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        rdma_memory_retire(link->rails[i].device, pull->regions[i], pull->lents[i]);
     free(pull);
     fetch->link = NULL;
     fetch->state = NULL;
@@ -124,6 +146,7 @@ struct pull_registration {
     uint64_t link;
     uint64_t pull;
     struct extents *lent;
+    unsigned slot;
 };
 
 static void pull_registered(struct mailbox_item *item, void *arg)
@@ -138,10 +161,17 @@ static void pull_registered(struct mailbox_item *item, void *arg)
     if (link)
         DL_SEARCH_SCALAR(link->pulls, pull, serial, mine->pull);
     if (pull) {
-        pull->region = r->region;
-        pull->lent = mine->lent;
-        pull->error = r->error;
-        pull->over = r->error < 0;
+        pull->registering[mine->slot] = false;
+        if (r->error == 0) {
+            pull->regions[mine->slot] = r->region;
+            pull->lents[mine->slot] = mine->lent;
+        } else {
+            rdma_memory_retire(r->device, NULL, mine->lent);
+        }
+        if (r->error < 0 && link->rails[mine->slot].state == RDMA_RAIL_OPEN) {
+            pull->error = r->error;
+            pull->over = true;
+        }
         rdma_link_mark(link);
     } else {
         rdma_memory_retire(r->device, r->region, mine->lent);
@@ -149,9 +179,14 @@ static void pull_registered(struct mailbox_item *item, void *arg)
     free(mine);
 }
 
-static int pull_register(struct rdma_link *link, struct rdma_pull *pull)
+/* With one rail's device, if that may read it and does not have it yet. */
+static int pull_register(struct rdma_pull *pull, const struct rdma_rail *rail)
 {
+    struct rdma_link *link = rail->link;
     struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    if (rail->state != RDMA_RAIL_OPEN || pull->rkeys[rail->slot] == 0 ||
+        pull->regions[rail->slot] || pull->registering[rail->slot] || pull->over)
+        return 0;
     struct pull_registration *mine = calloc(1, sizeof(*mine));
     if (!mine)
         return -ENOMEM;
@@ -162,13 +197,24 @@ static int pull_register(struct rdma_link *link, struct rdma_pull *pull)
     }
     mine->link = link->number;
     mine->pull = pull->serial;
+    mine->slot = rail->slot;
     mine->registration = (struct rdma_registration){.item.run = pull_registered,
                                                     .mailbox = mailbox_ref(t->mailbox),
-                                                    .device = link->device,
+                                                    .device = rail->device,
                                                     .address = pull->fetch->destination,
                                                     .length = pull->fetch->length};
+    pull->registering[rail->slot] = true;
     rdma_memory_register_later(&mine->registration);
     return 0;
+}
+
+void rdma_shard_register(struct rdma_rail *rail)
+{
+    struct rdma_pull *pull;
+    DL_FOREACH(rail->link->pulls, pull) {
+        if (pull->fetch->length > 0)
+            (void)pull_register(pull, rail); // without memory for it, other rails go on
+    }
 }
 
 int rdma_link_fetch(struct link *base, const struct transport_descriptor *descriptor,
@@ -181,8 +227,11 @@ int rdma_link_fetch(struct link *base, const struct transport_descriptor *descri
     uint32_t id = buf_get_u32(&b);
     uint64_t length = buf_get_u64(&b);
     uint64_t address = buf_get_u64(&b);
-    uint32_t rkey = buf_get_u32(&b);
-    if (buf_end(&b) < 0 || kind != 'R' || urgent > 1 || id != fetch->id || length != fetch->length)
+    uint32_t rkeys[RDMA_RAILS];
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        rkeys[i] = buf_get_u32(&b);
+    if (buf_end(&b) < 0 || kind != 'R' || urgent > 1 || id != fetch->id ||
+        length != fetch->length || (length > 0 && rkeys[0] == 0))
         return -EINVAL;
     if (link->state != RDMA_OPEN)
         return -ENOTCONN;
@@ -199,14 +248,16 @@ int rdma_link_fetch(struct link *base, const struct transport_descriptor *descri
     pull->fetch = fetch;
     pull->serial = ++rdma_transport_of(base->transport)->last_number;
     pull->address = address;
-    pull->rkey = rkey;
+    memcpy(pull->rkeys, rkeys, sizeof(rkeys));
     pull->urgent = urgent;
-    int r = length > 0 ? pull_register(link, pull) : 0;
+    int r = length > 0 ? pull_register(pull, &link->rails[0]) : 0;
     if (r < 0) {
         free(pull);
         return r;
     }
     DL_APPEND(link->pulls, pull);
+    for (unsigned i = 1; i < RDMA_RAILS && length > 0; i++)
+        (void)pull_register(pull, &link->rails[i]); // without memory for it, other rails go on
     fetch->landed = 0;
     fetch->link = base;
     fetch->state = pull;
@@ -225,33 +276,72 @@ void rdma_link_cancel(struct link *base, struct transport_fetch *fetch)
     uint64_t patience = util_now_ns() + CANCEL_WAIT_NS;
     while (pull->under_way > 0 && link->state == RDMA_OPEN && util_now_ns() < patience)
         rdma_link_collect(link);
+    for (unsigned i = RDMA_RAILS; pull->under_way > 0 && i-- > 1;)
+        rdma_rail_pause(&link->rails[i], "a READ that is not wanted any more does not end");
     if (pull->under_way > 0)
         rdma_link_break(link, -ETIMEDOUT, "a READ that is not wanted any more does not end");
     pull_end(link, pull);
 }
 
-void rdma_shard_read_done(struct rdma_link *link, bool landed)
+/* The bytes of a pull before the first that is still to come. */
+static size_t pull_prefix(const struct rdma_link *link, const struct rdma_pull *pull)
 {
-    struct rdma_pull *pull = link->reads[link->reads_begin].pull;
-    uint32_t length = link->reads[link->reads_begin].length;
-    uint64_t took = link->heard_ns - link->reads[link->reads_begin].posted_ns;
-    link->reads_begin = (link->reads_begin + 1) % RDMA_READS;
-    link->reads_count--;
-    pull->under_way--;
-    if (!landed)
-        return;
-    pull->landed += length;
-    if (took < READ_SOON_NS && link->reads_window < link->reads_limit)
-        link->reads_window++;
-    else if (took > READ_LONG_NS && link->reads_window > RDMA_READS_FIRST)
-        link->reads_window--;
+    size_t end = pull->asked;
+    for (unsigned i = 0; i < RDMA_RAILS; i++) {
+        const struct rdma_rail *rail = &link->rails[i];
+        for (unsigned n = 0; n < rail->reads_count; n++) {
+            const struct rdma_slice *slice = &rail->reads[(rail->reads_begin + n) % RDMA_READS];
+            if (slice->pull == pull && slice->offset < end)
+                end = slice->offset;
+        }
+    }
+    for (unsigned i = 0; i < link->lost_count; i++)
+        if (link->lost[i].pull == pull && link->lost[i].offset < end)
+            end = link->lost[i].offset;
+    return end;
 }
 
-static struct rdma_pull *pull_next(struct rdma_link *link)
+void rdma_shard_read_done(struct rdma_rail *rail, bool landed)
+{
+    struct rdma_link *link = rail->link;
+    struct rdma_slice slice = rail->reads[rail->reads_begin];
+    rail->reads_begin = (rail->reads_begin + 1) % RDMA_READS;
+    rail->reads_count--;
+    link->reads_count--;
+    slice.pull->under_way--;
+    if (!landed) {
+        link->lost[link->lost_count++] = slice; // rail_post keeps room for it
+        return;
+    }
+    slice.pull->landed = pull_prefix(link, slice.pull);
+    atomic_fetch_add_explicit(&rail->device->received, slice.length, memory_order_relaxed);
+    uint64_t took = rail->heard_ns - slice.posted_ns;
+    if (took < READ_SOON_NS && rail->reads_window < rail->reads_limit)
+        rail->reads_window++;
+    else if (took > READ_LONG_NS && rail->reads_window > RDMA_READS_FIRST)
+        rail->reads_window--;
+}
+
+/* May the rail read of it? Its registration may be with a device that was replaced meanwhile. */
+static bool pull_suits(const struct rdma_pull *pull, const struct rdma_rail *rail)
+{
+    const struct ibv_mr *region = pull->regions[rail->slot];
+    return region && region->pd == rail->device->pd && !pull->over;
+}
+
+static struct rdma_slice *lost_next(struct rdma_link *link, const struct rdma_rail *rail)
+{
+    for (unsigned i = 0; i < link->lost_count; i++)
+        if (pull_suits(link->lost[i].pull, rail))
+            return &link->lost[i];
+    return NULL;
+}
+
+static struct rdma_pull *pull_next(struct rdma_link *link, const struct rdma_rail *rail)
 {
     struct rdma_pull *pull, *first = NULL;
     DL_FOREACH(link->pulls, pull) {
-        if (!pull->region || pull->over || pull->asked == pull->fetch->length)
+        if (!pull_suits(pull, rail) || pull->asked == pull->fetch->length)
             continue;
         if (pull->urgent || pull->fetch->urgent)
             return pull;
@@ -287,47 +377,85 @@ static size_t pace_take(struct rdma_link *link, const struct rdma_pull *pull, si
     return given;
 }
 
-static int read_post(struct rdma_link *link, struct rdma_pull *pull, size_t length)
+static int read_post(struct rdma_rail *rail, const struct rdma_slice *slice)
 {
-    struct ibv_sge piece = {.addr = (uintptr_t)pull->fetch->destination + pull->asked,
-                            .length = (uint32_t)length,
-                            .lkey = pull->region->lkey};
+    struct rdma_pull *pull = slice->pull;
+    struct ibv_sge piece = {.addr = (uintptr_t)pull->fetch->destination + slice->offset,
+                            .length = slice->length,
+                            .lkey = pull->regions[rail->slot]->lkey};
     struct ibv_send_wr request = {
         .wr_id = RDMA_WORK_READ * 256,
         .sg_list = &piece,
         .num_sge = 1,
         .opcode = IBV_WR_RDMA_READ,
-        .wr.rdma = {.remote_addr = pull->address + pull->asked, .rkey = pull->rkey}};
+        .wr.rdma = {.remote_addr = pull->address + slice->offset, .rkey = pull->rkeys[rail->slot]}};
     struct ibv_send_wr *bad;
-    int error = ibv_post_send(link->id->qp, &request, &bad);
+    int error = ibv_post_send(rail->id->qp, &request, &bad);
     if (error)
         return -error;
-    unsigned at = (link->reads_begin + link->reads_count++) % RDMA_READS;
-    link->reads[at].pull = pull;
-    link->reads[at].length = (uint32_t)length;
-    link->reads[at].posted_ns = util_now_ns();
+    rail->reads[(rail->reads_begin + rail->reads_count++) % RDMA_READS] = *slice;
+    rail->link->reads_count++;
     pull->under_way++;
-    pull->asked += length;
     return 0;
+}
+
+enum posted { POSTED_NOTHING, POSTED_READ, POSTED_NOT_YET };
+
+/* The next READ for a rail: first what another one has lost. */
+static enum posted rail_post(struct rdma_link *link, struct rdma_rail *rail)
+{
+    struct rdma_slice *lost = lost_next(link, rail);
+    struct rdma_pull *pull = lost ? lost->pull : pull_next(link, rail);
+    // every READ may be lost, and one of a part of a lost piece makes two of it
+    if (!pull || link->lost_count + link->reads_count >= util_count(link->lost))
+        return POSTED_NOTHING;
+    size_t length = lost ? lost->length : pull->fetch->length - pull->asked;
+    length = pace_take(link, pull, length < RDMA_SLICE_BYTES ? length : RDMA_SLICE_BYTES);
+    if (length == 0)
+        return POSTED_NOT_YET;
+    struct rdma_slice slice = {.pull = pull,
+                               .offset = lost ? lost->offset : pull->asked,
+                               .length = (uint32_t)length,
+                               .posted_ns = util_now_ns()};
+    int r = read_post(rail, &slice);
+    if (r < 0 && rail->slot > 0) {
+        rdma_rail_pause(rail, strerror(-r));
+        return POSTED_NOTHING;
+    }
+    if (r < 0) {
+        rdma_link_break(link, r, "a READ cannot be posted: %s", strerror(-r));
+        return POSTED_NOTHING;
+    }
+    if (!lost) {
+        pull->asked += length;
+    } else {
+        lost->offset += length;
+        lost->length -= (uint32_t)length;
+        if (lost->length == 0)
+            *lost = link->lost[--link->lost_count];
+    }
+    return POSTED_READ;
 }
 
 void rdma_shard_post(struct rdma_link *link)
 {
-    struct rdma_pull *pull = NULL;
-    while (link->state == RDMA_OPEN && link->reads_count < link->reads_window &&
-           (pull = pull_next(link))) {
-        size_t length = pull->fetch->length - pull->asked;
-        if (length > RDMA_SLICE_BYTES)
-            length = RDMA_SLICE_BYTES;
-        length = pace_take(link, pull, length);
-        if (length == 0)
-            return;
-        int r = read_post(link, pull, length);
-        if (r < 0)
-            rdma_link_break(link, r, "a READ cannot be posted: %s", strerror(-r));
+    bool preferred = false, more = true;
+    for (unsigned i = 0; i < RDMA_RAILS; i++)
+        preferred |= link->rails[i].state == RDMA_RAIL_OPEN && !link->rails[i].standby;
+    while (more) {
+        more = false;
+        for (unsigned i = 0; i < RDMA_RAILS && link->state == RDMA_OPEN; i++) {
+            struct rdma_rail *rail = &link->rails[i];
+            if (rail->state != RDMA_RAIL_OPEN || (rail->standby && preferred) ||
+                rail->reads_count >= rail->reads_window)
+                continue;
+            enum posted posted = rail_post(link, rail);
+            if (posted == POSTED_NOT_YET)
+                return;
+            more |= posted == POSTED_READ;
+        }
     }
-    if (!pull)
-        rdma_link_pace_stop(link); // nothing waits: others need not wait for it
+    rdma_link_pace_stop(link); // nothing waits: others need not wait for it
 }
 
 bool rdma_shard_tell(struct rdma_link *link)

@@ -88,6 +88,17 @@ int tcp_address_parse(const char *text, bool names, bool passive, struct tcp_add
     return out->count > 0 ? 0 : -EINVAL;
 }
 
+/* IPv4 and IPv6 have it in the same place. */
+uint16_t tcp_address_port(const struct tcp_address *address)
+{
+    return ntohs(((const struct sockaddr_in *)&address->storage)->sin_port);
+}
+
+void tcp_address_port_set(struct tcp_address *address, uint16_t port)
+{
+    ((struct sockaddr_in *)&address->storage)->sin_port = htons(port);
+}
+
 void tcp_address_print(const struct tcp_address *address, char out[TRANSPORT_NAME_MAX + 1])
 {
     char host[128], port[8]; // numbers only

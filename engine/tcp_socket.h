@@ -29,6 +29,8 @@ struct tcp_tuning {
 /* "host:port" or "[v6]:port". With `names`, a host that is no number is looked up, which may block for seconds. 0;
  * -EINVAL (malformed, or no such name); -EAGAIN (a name, and `names` is false); -EHOSTUNREACH (no answer). */
 int tcp_address_parse(const char *text, bool names, bool passive, struct tcp_addresses *out);
+uint16_t tcp_address_port(const struct tcp_address *address);
+void tcp_address_port_set(struct tcp_address *address, uint16_t port);
 void tcp_address_print(const struct tcp_address *address, char out[TRANSPORT_NAME_MAX + 1]);
 
 /* 0, or -ENOPROTOOPT: the kernel has no such congestion control for us; logged with the remedy. */

@@ -88,6 +88,21 @@ struct transport_events {
 
 struct bucket;
 
+/* An adapter of this machine, by an address of its: "host:port" (the port does not count). */
+struct transport_rail {
+    char address[TRANSPORT_NAME_MAX + 1];
+    bool standby; /* carries shards only while none of the others can */
+};
+
+/* What an adapter has done in this process. */
+struct transport_adapter {
+    char device[64];
+    uint64_t received; /* bytes of shards that it has read */
+    uint64_t
+        rails; /* connections that carry shards, of either direction; 0: none, or it is paused */
+    uint64_t failures; /* of connections that carried shards */
+};
+
 struct transport_config {
     const char *
         congestion; /* TCP: congestion control to set on every socket, or NULL: the system's; on loopback "reno" */
@@ -97,8 +112,10 @@ struct transport_config {
     /* Limits of the bytes of shards, shared with other instances and borrowed; NULL: none. Messages do not count. */
     struct bucket *upload;
     struct bucket *download;
-    /* RDMA: "host:port" of this machine that connections to peers come from, which chooses the device; NULL: any */
-    const char *source;
+    /* RDMA: the adapters to use, borrowed during open; the first carries the messages. None: whichever the way to a
+     * peer leads through, and one for each link. */
+    const struct transport_rail *rails;
+    unsigned rail_count;
 };
 
 struct transport_ops {
@@ -108,6 +125,8 @@ struct transport_ops {
 
     int (*open)(struct loop *loop, const struct transport_config *config,
                 const struct transport_events *events, void *arg, struct transport **transport);
+    /* Any thread. How many it filled in. NULL: the transport does not tell adapters apart. */
+    size_t (*adapters)(struct transport_adapter *out, size_t room);
     /* All links are shut first by the caller. NULL is harmless. */
     void (*close)(struct transport *transport);
     /* Starts to accept on "host:port" (port 0: any). `bound`: the address with the real port. -EADDRINUSE,

@@ -1,5 +1,4 @@
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -16,18 +15,17 @@
 /* One reliable-connected queue pair a link, made by librdmacm over InfiniBand, RoCE or iWARP. Events of connections
  * come through one descriptor for each transport, completions through one for each device that it has links on. */
 
-#define LISTEN_BACKLOG 128
-/* The kernel looks again when this has passed, which it needs when the neighbour's answer came while it was looking. */
-#define RESOLVE_MS 500
-#define HEART_NS   1000000000ull
+#define HEART_NS 1000000000ull
+#define BAD_NS   10000000000ull
 /* The device repeats a packet RETRIES times, 4.096 us << ACK_TIMEOUT (0.54 s) apart: a peer that is gone is noticed
  * within 5 s, well before its lease ends. */
 #define ACK_TIMEOUT 17
 #define RETRIES     7
 
-static const uint8_t preface[8] = {'p', '2', 'p', 'f', 'r', 'd', 'm', '1'};
+static const uint8_t preface[8] = {'p', '2', 'p', 'f', 'r', 'd', 'm', '2'};
 
 static void link_connect(struct rdma_link *link);
+static void link_look(struct rdma_link *link, uint64_t now_ns);
 
 // -- Links ----------------------------------------------------------------------------------------
 
@@ -36,10 +34,33 @@ void rdma_link_mark(struct rdma_link *link)
     turn_mark(&rdma_transport_of(link->base.transport)->turn, &link->item);
 }
 
+/* The address that the link is at is tried last for a while. */
+static void address_lost(struct rdma_link *link)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    unsigned at = t->bad_next++ % util_count(t->bad);
+    t->bad[at].address = link->addresses.list[link->order[link->address_next - 1]];
+    t->bad[at].until_ns = util_now_ns() + BAD_NS;
+}
+
+static bool other_rails(const struct rdma_link *link)
+{
+    for (unsigned i = 1; i < RDMA_RAILS; i++)
+        if (link->rails[i].state == RDMA_RAIL_OPEN)
+            return true;
+    return false;
+}
+
 void rdma_link_break(struct rdma_link *link, int error, const char *format, ...)
 {
     if (link->state == RDMA_BROKEN)
         return;
+    bool path = error == -ETIMEDOUT || error == -ENETDOWN || error == -ENODEV;
+    if (link->base.outgoing && path && other_rails(link)) {
+        address_lost(link);
+        atomic_fetch_add(&link->rails[0].device->failures, 1);
+        error = -ECONNABORTED; // RDMA as such works: the next link begins on another adapter
+    }
     link->state = RDMA_BROKEN;
     link->error = error;
     va_list args;
@@ -92,7 +113,7 @@ static void link_impatient(struct loop_timer *timer)
                     link->timeout_ms);
 }
 
-static struct rdma_link *link_new(struct rdma_transport *t)
+struct rdma_link *rdma_link_new(struct rdma_transport *t)
 {
     struct rdma_link *link = calloc(1, sizeof(*link));
     if (!link)
@@ -101,11 +122,15 @@ static struct rdma_link *link_new(struct rdma_transport *t)
     link->number = ++t->last_number;
     link->patience.due = link_impatient;
     link->pace.due = rdma_link_pace_due;
+    for (unsigned i = 0; i < RDMA_RAILS; i++) {
+        link->rails[i].link = link;
+        link->rails[i].slot = i;
+    }
     DL_APPEND(t->links, link);
     return link;
 }
 
-static void rdma_shut(struct link *base)
+void rdma_link_shut(struct link *base)
 {
     struct rdma_link *link = rdma_link_of(base);
     struct rdma_transport *t = rdma_transport_of(base->transport);
@@ -131,86 +156,28 @@ static void heart_beats(struct loop_timer *timer)
     loop_timer_set(t->base.loop, timer, HEART_NS);
     uint64_t now = util_now_ns();
     struct rdma_link *link;
-    DL_FOREACH(t->links, link)
+    DL_FOREACH(t->links, link) {
         rdma_link_heartbeat(link, now);
-}
-
-// -- Completions ----------------------------------------------------------------------------------
-
-static void completions_ready(struct loop_watch *watch, uint32_t ready)
-{
-    (void)ready;
-    struct rdma_completions *completions = util_container(watch, struct rdma_completions, watch);
-    struct ibv_cq *cq;
-    void *context;
-    while (ibv_get_cq_event(completions->channel, &cq, &context) == 0) {
-        struct rdma_link *link = context;
-        ibv_ack_cq_events(cq, 1);
-        // asked for the next event first, so that what comes while polling is not missed
-        int error = ibv_req_notify_cq(cq, 0);
-        if (link->state == RDMA_OPEN || link->state == RDMA_ACCEPTING)
-            rdma_link_collect(link);
-        if (error)
-            rdma_link_break(link, -error, "completions cannot be waited for: %s", strerror(error));
+        rdma_rails_look(link, now);
+        link_look(link, now);
     }
-}
-
-static int descriptor_unblock(int fd)
-{
-    int flags = fcntl(fd, F_GETFL);
-    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
-}
-
-static int completions_get(struct rdma_transport *t, struct ibv_context *verbs,
-                           struct rdma_completions **out)
-{
-    struct rdma_device *device;
-    int r = rdma_device_get(verbs, &device);
-    if (r < 0)
-        return r;
-    LL_SEARCH_SCALAR(t->completions, *out, device, device);
-    if (*out)
-        return 0;
-    struct rdma_completions *completions = calloc(1, sizeof(*completions));
-    if (!completions)
-        return -ENOMEM;
-    completions->device = device;
-    completions->channel = ibv_create_comp_channel(verbs);
-    if (!completions->channel) {
-        r = errno ? -errno : -ENOMEM;
-        goto free_completions;
-    }
-    completions->watch.fd = completions->channel->fd;
-    completions->watch.ready = completions_ready;
-    r = descriptor_unblock(completions->channel->fd);
-    if (r == 0)
-        r = loop_watch_set(t->base.loop, &completions->watch, POLLIN);
-    if (r < 0)
-        goto destroy_channel;
-    LL_PREPEND(t->completions, completions);
-    *out = completions;
-    return 0;
-
-destroy_channel:
-    ibv_destroy_comp_channel(completions->channel);
-free_completions:
-    free(completions);
-    return r;
+    rdma_listen_again(t);
 }
 
 // -- Connecting -----------------------------------------------------------------------------------
 
-/* What either side says of itself while the connection is made. */
-static void preface_put(uint8_t out[RDMA_PREFACE_BYTES])
+void rdma_preface_put(uint8_t out[RDMA_PREFACE_BYTES], uint64_t token, unsigned slot)
 {
     struct buf b = buf_over(out, RDMA_PREFACE_BYTES);
     buf_put_bytes(&b, preface, sizeof(preface));
     buf_put_u16(&b, RDMA_FRAME_BYTES);
     buf_put_u16(&b, RDMA_FRAMES);
+    buf_put_u64(&b, token);
+    buf_put_u8(&b, (uint8_t)slot);
 }
 
-/* The credits that the other side gives, or -EPROTO. It may be padded with zeros. */
-static int preface_get(const struct rdma_conn_param *param)
+/* It may be padded with zeros. */
+static struct rdma_preface preface_get(const struct rdma_conn_param *param)
 {
     uint8_t bytes[sizeof(preface)];
     struct buf b =
@@ -218,33 +185,32 @@ static int preface_get(const struct rdma_conn_param *param)
     buf_get_bytes(&b, bytes, sizeof(bytes));
     uint16_t frame = buf_get_u16(&b);
     uint16_t frames = buf_get_u16(&b);
-    if (b.bad || memcmp(bytes, preface, sizeof(preface)) != 0 || frame != RDMA_FRAME_BYTES ||
-        frames != RDMA_FRAMES)
-        return -EPROTO;
-    return frames;
+    struct rdma_preface got = {.token = buf_get_u64(&b)};
+    got.slot = buf_get_u8(&b);
+    bool known = !b.bad && memcmp(bytes, preface, sizeof(preface)) == 0 &&
+                 frame == RDMA_FRAME_BYTES && frames == RDMA_FRAMES;
+    got.credits = known ? frames : -EPROTO;
+    return got;
 }
 
 /* Everything that a connection needs, on the device that the id has found. */
-static int link_equip(struct rdma_link *link)
+int rdma_link_equip(struct rdma_link *link)
 {
-    struct rdma_completions *completions;
-    int r = completions_get(rdma_transport_of(link->base.transport), link->id->verbs, &completions);
-    if (r == 0)
-        r = rdma_link_pair(link, completions);
+    int r = rdma_link_pair(link);
     if (r < 0)
         rdma_link_break(link, r, "a queue pair cannot be made: %s", strerror(-r));
     return r;
 }
 
-static struct rdma_conn_param conn_param(const struct rdma_link *link,
-                                         const uint8_t bytes[RDMA_PREFACE_BYTES])
+struct rdma_conn_param rdma_conn_param_of(const struct rdma_rail *rail,
+                                          const uint8_t bytes[RDMA_PREFACE_BYTES])
 {
-    const struct ibv_device_attr *limits = &link->device->limits;
+    const struct ibv_device_attr *limits = &rail->device->limits;
     int answers = limits->max_qp_rd_atom < RDMA_READS ? limits->max_qp_rd_atom : RDMA_READS;
     return (struct rdma_conn_param){.private_data = bytes,
                                     .private_data_len = RDMA_PREFACE_BYTES,
                                     .responder_resources = (uint8_t)answers,
-                                    .initiator_depth = (uint8_t)link->reads_limit,
+                                    .initiator_depth = (uint8_t)rail->reads_limit,
                                     .retry_count = RETRIES,
                                     .rnr_retry_count = RETRIES};
 }
@@ -252,79 +218,139 @@ static struct rdma_conn_param conn_param(const struct rdma_link *link,
 static void route_found(struct rdma_link *link)
 {
     uint8_t bytes[RDMA_PREFACE_BYTES];
-    if (link_equip(link) < 0)
+    if (rdma_link_equip(link) < 0)
         return;
     link->state = RDMA_CONNECTING;
-    preface_put(bytes);
-    struct rdma_conn_param param = conn_param(link, bytes);
-    if (rdma_connect(link->id, &param) < 0)
+    rdma_preface_put(bytes, 0, 0);
+    struct rdma_conn_param param = rdma_conn_param_of(&link->rails[0], bytes);
+    if (rdma_connect(link->rails[0].id, &param) < 0)
         rdma_link_break(link, -errno, "%s", strerror(errno));
 }
 
-static void link_opened(struct rdma_link *link, int credits, const struct rdma_conn_param *param)
+static void link_opened(struct rdma_link *link, const struct rdma_preface *got,
+                        const struct rdma_conn_param *param)
 {
     struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    struct rdma_rail *rail = &link->rails[0];
     loop_timer_clear(t->base.loop, &link->patience);
-    if (credits < 0) {
-        rdma_link_break(link, credits, "it does not speak p2pfs, or another version");
+    if (got->credits < 0) {
+        rdma_link_break(link, got->credits, "it does not speak p2pfs, or another version");
         return;
     }
-    if (link->base.outgoing && param->initiator_depth < link->reads_limit)
-        link->reads_limit = param->initiator_depth > 0 ? param->initiator_depth : 1;
-    if (link->reads_window > link->reads_limit)
-        link->reads_window = link->reads_limit;
-    link->credits = (unsigned)credits;
-    link->heard_ns = util_now_ns();
+    if (link->base.outgoing && param->initiator_depth < rail->reads_limit)
+        rail->reads_limit = param->initiator_depth > 0 ? param->initiator_depth : 1;
+    if (rail->reads_window > rail->reads_limit)
+        rail->reads_window = rail->reads_limit;
+    link->credits = (unsigned)got->credits;
+    link->heard_ns = rail->heard_ns = util_now_ns();
     link->state = RDMA_OPEN;
+    rail->state = RDMA_RAIL_OPEN;
+    atomic_fetch_add(&rail->device->rails, 1);
     rdma_link_mark(link); // what came meanwhile
-    if (link->base.outgoing)
+    if (link->base.outgoing) {
+        link->token = got->token;
+        rdma_rails_open(link);
         t->base.events->connected(&link->base);
-    else
+    } else {
         t->base.events->accepted(t->base.arg, &link->base);
+    }
 }
 
 /* This address does not do: the name's next one, or what `error` says. */
 static void link_failed(struct rdma_link *link, int error)
 {
     link->error = error < 0 ? error : -EHOSTUNREACH;
-    if (link->state == RDMA_RESOLVING && error == -ETIMEDOUT)
-        link->address_next--; // again, until patience ends
-    if (link->base.outgoing && link->state != RDMA_OPEN)
+    link->again |= link->state == RDMA_RESOLVING && error == -ETIMEDOUT;
+    if (link->base.outgoing && link->state != RDMA_OPEN) {
+        if (link->addresses.count > 1)
+            address_lost(link);
         link_connect(link);
-    else
-        rdma_link_break(link, link->error, "%s", strerror(-link->error));
+        return;
+    }
+    rdma_link_break(link, link->error, "%s", strerror(-link->error));
+}
+
+/* Each address gets its part of the patience, if it is not the only one. */
+static void link_look(struct rdma_link *link, uint64_t now_ns)
+{
+    bool waits = link->state == RDMA_RESOLVING || link->state == RDMA_CONNECTING;
+    unsigned count = link->addresses.count;
+    if (waits && link->address_next < count && link->rails[0].id &&
+        now_ns - link->rails[0].since_ns > link->timeout_ms * 1000000ull / count)
+        link_failed(link, -EHOSTUNREACH);
 }
 
 static const char *device_of(const struct rdma_link *link)
 {
-    return link->id && link->id->verbs ? ibv_get_device_name(link->id->verbs->device) : "RDMA";
+    const struct rdma_cm_id *id = link->rails[0].id;
+    return id && id->verbs ? ibv_get_device_name(id->verbs->device) : "RDMA";
 }
 
-static int address_resolve(struct rdma_link *link, const struct tcp_address *address)
+int rdma_rail_resolve(struct rdma_rail *rail, const struct tcp_address *address)
 {
-    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    struct rdma_transport *t = rdma_transport_of(rail->link->base.transport);
     uint8_t ack_timeout = ACK_TIMEOUT;
-    if (rdma_create_id(t->events, &link->id, link, RDMA_PS_TCP) < 0)
+    if (rdma_create_id(t->events, &rail->id, rail, RDMA_PS_TCP) < 0)
         return -errno;
     // kernels before 5.4 do not have it: the peer is then noticed a little later
-    (void)rdma_set_option(link->id, RDMA_OPTION_ID, RDMA_OPTION_ID_ACK_TIMEOUT, &ack_timeout,
+    (void)rdma_set_option(rail->id, RDMA_OPTION_ID, RDMA_OPTION_ID_ACK_TIMEOUT, &ack_timeout,
                           sizeof(ack_timeout));
     struct sockaddr *source = NULL;
-    if (t->source.length > 0 && t->source.storage.ss_family == address->storage.ss_family)
-        source = (struct sockaddr *)&t->source.storage;
-    if (rdma_resolve_addr(link->id, source, (struct sockaddr *)&address->storage, RESOLVE_MS) < 0)
+    if (rail->source < t->source_count &&
+        t->sources[rail->source].storage.ss_family == address->storage.ss_family)
+        source = (struct sockaddr *)&t->sources[rail->source].storage;
+    if (rdma_resolve_addr(rail->id, source, (struct sockaddr *)&address->storage, RDMA_RESOLVE_MS) <
+        0)
         return -errno;
     return 0;
+}
+
+static bool address_bad(const struct rdma_transport *t, const struct tcp_address *address)
+{
+    for (unsigned i = 0; i < util_count(t->bad); i++)
+        if (t->bad[i].until_ns > util_now_ns() &&
+            memcmp(&t->bad[i].address.storage, &address->storage, address->length) == 0)
+            return true;
+    return false;
+}
+
+/* In which order the other side's addresses are tried: those last that were lost lately. A node with fewer adapters
+ * than the other side begins anywhere, so that many of them do not all meet at the first. */
+static void addresses_set(struct rdma_link *link, const struct tcp_addresses *addresses)
+{
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    unsigned count = addresses->count, used = 0;
+    bool spread = t->source_count > 0 && t->source_count < count;
+    unsigned begin = spread ? (unsigned)(util_random_u64() % count) : 0;
+    link->addresses = *addresses;
+    for (int bad = 0; bad <= 1; bad++)
+        for (unsigned i = 0; i < count; i++) {
+            unsigned at = (begin + i) % count;
+            if (address_bad(t, &addresses->list[at]) == bad && used < count)
+                link->order[used++] = (uint8_t)at;
+        }
+    link->addresses.count = used; // an address may turn good while this looks
 }
 
 /* Tries the next address; when there is none left, the last one's error tells. */
 static void link_connect(struct rdma_link *link)
 {
+    struct rdma_transport *t = rdma_transport_of(link->base.transport);
+    struct rdma_rail *rail = &link->rails[0];
     link->state = RDMA_RESOLVING;
+    if (link->address_next == link->addresses.count && link->again) {
+        link->again = false; // until patience ends
+        link->address_next = 0;
+    }
     while (link->address_next < link->addresses.count) {
         rdma_link_unpair(link);
         rdma_link_forget(link);
-        int r = address_resolve(link, &link->addresses.list[link->address_next++]);
+        unsigned at = link->order[link->address_next++];
+        const struct tcp_address *address = &link->addresses.list[at];
+        rail->source = t->source_count > 0 ? at % t->source_count : 0;
+        rail->standby = t->standby[rail->source];
+        rail->since_ns = util_now_ns();
+        int r = rdma_rail_resolve(rail, address);
         if (r == 0)
             return;
         link->error = r;
@@ -340,7 +366,7 @@ static void lookup_done(struct mailbox_item *item, void *arg)
     if (t)
         DL_SEARCH_SCALAR(t->links, link, number, lookup->number);
     if (link && link->state == RDMA_RESOLVING) {
-        link->addresses = lookup->addresses;
+        addresses_set(link, &lookup->addresses);
         if (lookup->result < 0)
             rdma_link_break(link, lookup->result, "its name cannot be resolved");
         else
@@ -349,15 +375,35 @@ static void lookup_done(struct mailbox_item *item, void *arg)
     free(lookup);
 }
 
+/* "host:port", or several between commas, which are numbers then. */
+static int addresses_parse(const char *text, struct tcp_addresses *out)
+{
+    struct tcp_addresses one;
+    if (!strchr(text, ','))
+        return tcp_address_parse(text, false, false, out);
+    for (const char *at = text; out->count < TCP_ADDRESSES_MAX;) {
+        char part[TRANSPORT_NAME_MAX + 1];
+        size_t length = strcspn(at, ",");
+        snprintf(part, sizeof(part), "%.*s", (int)length, at);
+        if (tcp_address_parse(part, false, false, &one) < 0)
+            return -EINVAL;
+        out->list[out->count++] = one.list[0];
+        if (at[length] == '\0')
+            break;
+        at += length + 1;
+    }
+    return 0;
+}
+
 static int rdma_transport_connect(struct transport *base, const char *address, uint32_t timeout_ms,
                                   void *user, struct link **out)
 {
     struct rdma_transport *t = rdma_transport_of(base);
     struct tcp_addresses addresses = {.count = 0};
-    int parsed = tcp_address_parse(address, false, false, &addresses);
+    int parsed = addresses_parse(address, &addresses);
     if (parsed < 0 && parsed != -EAGAIN)
         return parsed;
-    struct rdma_link *link = link_new(t);
+    struct rdma_link *link = rdma_link_new(t);
     if (!link)
         return -ENOMEM;
     link->base.user = user;
@@ -368,137 +414,34 @@ static int rdma_transport_connect(struct transport *base, const char *address, u
     if (r == 0 && parsed == -EAGAIN)
         r = lookup_start(t->mailbox, link->number, address, lookup_done);
     if (r < 0) {
-        rdma_shut(&link->base);
+        rdma_link_shut(&link->base);
         return r;
     }
     if (parsed == 0) {
-        link->addresses = addresses;
+        addresses_set(link, &addresses);
         link_connect(link);
     }
     *out = &link->base;
     return 0;
 }
 
-// -- Listening ------------------------------------------------------------------------------------
-
-/* Somebody who asked to connect, on his way to the lane that takes him. */
-struct handover {
-    struct mailbox_item item;
-    struct rdma_cm_id *id;
-    int credits;
-};
-
-static void request_take(struct rdma_transport *t, struct rdma_cm_id *id, int credits)
-{
-    struct rdma_link *link = link_new(t);
-    if (!link) {
-        log_warn("a connection was refused: out of memory");
-        rdma_reject(id, NULL, 0);
-        rdma_destroy_id(id);
-        return;
-    }
-    struct tcp_address other = {.length = sizeof(struct sockaddr_in6)};
-    memcpy(&other.storage, rdma_get_peer_addr(id), sizeof(struct sockaddr_in6));
-    tcp_address_print(&other, link->base.peer);
-    id->context = link;
-    link->id = id;
-    link->state = RDMA_ACCEPTING;
-    link->credits = (unsigned)credits;
-    uint8_t bytes[RDMA_PREFACE_BYTES];
-    preface_put(bytes);
-    int r = link_equip(link);
-    if (r == 0) {
-        struct rdma_conn_param param = conn_param(link, bytes);
-        r = rdma_accept(id, &param) < 0 ? -errno : 0;
-    }
-    if (r == 0)
-        return;
-    log_warn("%s: its RDMA connection cannot be accepted: %s", link->base.peer, strerror(-r));
-    rdma_shut(&link->base); // nobody has heard of it yet
-}
-
-static void handover_done(struct mailbox_item *item, void *arg)
-{
-    struct handover *handover = util_container(item, struct handover, item);
-    if (arg)
-        request_take(arg, handover->id, handover->credits);
-    else
-        rdma_destroy_id(handover->id);
-    free(handover);
-}
-
-static void request_place(struct rdma_transport *t, struct rdma_cm_id *id, int credits)
-{
-    struct transport *next = t->share_next ? t->share_next(t->share_arg) : &t->base;
-    id->context = NULL; // no link yet
-    if (credits < 0) {
-        rdma_reject(id, NULL, 0);
-        rdma_destroy_id(id);
-        return;
-    }
-    if (next == &t->base) {
-        request_take(t, id, credits);
-        return;
-    }
-    struct rdma_transport *to = rdma_transport_of(next);
-    struct handover *handover = malloc(sizeof(*handover));
-    if (!handover || rdma_migrate_id(id, to->events) < 0) {
-        log_warn("a connection was refused: %s", strerror(errno));
-        free(handover);
-        rdma_destroy_id(id);
-        return;
-    }
-    *handover = (struct handover){.item.run = handover_done, .id = id, .credits = credits};
-    mailbox_post(to->mailbox, &handover->item);
-}
-
-static int rdma_transport_listen(struct transport *base, const char *address,
-                                 char bound[TRANSPORT_NAME_MAX + 1])
-{
-    struct rdma_transport *t = rdma_transport_of(base);
-    if (t->listener)
-        return -EALREADY;
-    struct tcp_addresses addresses;
-    if (tcp_address_parse(address, true, true, &addresses) < 0)
-        return -EINVAL;
-    struct rdma_cm_id *id;
-    if (rdma_create_id(t->events, &id, NULL, RDMA_PS_TCP) < 0)
-        return -errno;
-    if (rdma_bind_addr(id, (struct sockaddr *)&addresses.list[0].storage) < 0 ||
-        rdma_listen(id, LISTEN_BACKLOG) < 0) {
-        int r = -errno;
-        rdma_destroy_id(id);
-        return r == -ENODEV ? -EADDRNOTAVAIL : r;
-    }
-    struct tcp_address own = {.length = addresses.list[0].length};
-    memcpy(&own.storage, rdma_get_local_addr(id), sizeof(struct sockaddr_in6));
-    tcp_address_print(&own, bound);
-    t->listener = id;
-    return 0;
-}
-
-static void rdma_transport_share(struct transport *base, struct transport *(*next)(void *arg),
-                                 void *arg)
-{
-    struct rdma_transport *t = rdma_transport_of(base);
-    t->share_next = next;
-    t->share_arg = arg;
-}
-
 // -- Events of connections ------------------------------------------------------------------------
 
-static void event_of_link(struct rdma_link *link, const struct rdma_cm_event *event, int credits)
+static void event_of_link(struct rdma_link *link, const struct rdma_cm_event *event,
+                          struct rdma_preface *got)
 {
     switch (event->event) {
     case RDMA_CM_EVENT_ADDR_RESOLVED:
-        if (rdma_resolve_route(link->id, RESOLVE_MS) < 0)
+        if (rdma_resolve_route(link->rails[0].id, RDMA_RESOLVE_MS) < 0)
             link_failed(link, -errno);
         break;
     case RDMA_CM_EVENT_ROUTE_RESOLVED:
         route_found(link);
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
-        link_opened(link, link->base.outgoing ? credits : (int)link->credits, &event->param.conn);
+        if (!link->base.outgoing)
+            got->credits = (int)link->credits;
+        link_opened(link, got, &event->param.conn);
         break;
     case RDMA_CM_EVENT_REJECTED:
         link_failed(link, -ECONNREFUSED);
@@ -529,35 +472,42 @@ static void events_ready(struct loop_watch *watch, uint32_t ready)
         struct rdma_cm_event copy = *event;
         bool carries =
             copy.event == RDMA_CM_EVENT_CONNECT_REQUEST || copy.event == RDMA_CM_EVENT_ESTABLISHED;
-        int credits = carries ? preface_get(&copy.param.conn) : 0;
+        struct rdma_preface got = {0};
+        if (carries)
+            got = preface_get(&copy.param.conn);
         rdma_ack_cm_event(event); // an id cannot end before
-        struct rdma_link *link = copy.id->context;
+        struct rdma_rail *rail = copy.id->context;
+        struct rdma_link *link = rail ? rail->link : NULL;
         if (copy.event == RDMA_CM_EVENT_CONNECT_REQUEST) {
-            request_place(t, copy.id, credits);
-        } else if (link && link->state != RDMA_BROKEN) {
+            rdma_listen_request(t, copy.id, &got);
+        } else if (!link) {
+            if (copy.event == RDMA_CM_EVENT_DEVICE_REMOVAL)
+                rdma_listen_lost(t, copy.id);
+        } else if (rail->slot > 0) {
+            rdma_rail_event(rail, &copy);
+        } else if (link->state != RDMA_BROKEN) {
             bool silent = link->state == RDMA_ACCEPTING;
-            event_of_link(link, &copy, credits);
+            event_of_link(link, &copy, &got);
             if (silent && link->state == RDMA_BROKEN)
-                rdma_shut(&link->base); // it never was: nobody has heard of it
+                rdma_link_shut(&link->base); // it never was: nobody has heard of it
         }
     }
 }
 
 // -- Opening and closing --------------------------------------------------------------------------
 
-static int source_parse(struct rdma_transport *t, const struct transport_config *config)
+static int sources_parse(struct rdma_transport *t, const struct transport_config *config)
 {
     struct tcp_addresses addresses;
-    if (!config || !config->source)
-        return 0;
-    int r = tcp_address_parse(config->source, true, true, &addresses);
-    if (r < 0)
-        return r;
-    t->source = addresses.list[0];
-    if (t->source.storage.ss_family == AF_INET6)
-        ((struct sockaddr_in6 *)&t->source.storage)->sin6_port = 0;
-    else
-        ((struct sockaddr_in *)&t->source.storage)->sin_port = 0;
+    for (unsigned i = 0; config && i < config->rail_count && i < RDMA_RAILS; i++) {
+        int r = tcp_address_parse(config->rails[i].address, true, true, &addresses);
+        if (r < 0)
+            return r;
+        t->sources[i] = addresses.list[0];
+        tcp_address_port_set(&t->sources[i], 0);
+        t->standby[i] = config->rails[i].standby;
+        t->source_count = i + 1;
+    }
     return 0;
 }
 
@@ -571,7 +521,7 @@ static int rdma_open(struct loop *loop, const struct transport_config *config,
         (struct transport){.ops = &transport_rdma, .loop = loop, .events = events, .arg = arg};
     t->heart.due = heart_beats;
     t->download = config ? config->download : NULL;
-    int r = source_parse(t, config);
+    int r = sources_parse(t, config);
     if (r < 0)
         goto free_transport;
     // librdmacm itself would complain on stderr where there is none
@@ -586,7 +536,7 @@ static int rdma_open(struct loop *loop, const struct transport_config *config,
     }
     t->events_watch.fd = t->events->fd;
     t->events_watch.ready = events_ready;
-    r = descriptor_unblock(t->events->fd);
+    r = rdma_unblock(t->events->fd);
     if (r < 0)
         goto destroy_events;
     r = mailbox_open(loop, t, &t->mailbox);
@@ -622,19 +572,12 @@ static void rdma_close(struct transport *base)
     if (!base)
         return;
     struct rdma_transport *t = rdma_transport_of(base);
-    if (t->listener)
-        rdma_destroy_id(t->listener);
+    rdma_listen_end(t);
     while (t->links) // those that nobody has heard of yet
-        rdma_shut(&t->links->base);
+        rdma_link_shut(&t->links->base);
     mailbox_close(t->mailbox);
     turn_close(&t->turn);
-    while (t->completions) {
-        struct rdma_completions *completions = t->completions;
-        LL_DELETE(t->completions, completions);
-        loop_watch_clear(base->loop, &completions->watch);
-        ibv_destroy_comp_channel(completions->channel);
-        free(completions);
-    }
+    rdma_completions_close(t);
     loop_timer_clear(base->loop, &t->heart);
     loop_watch_clear(base->loop, &t->events_watch);
     rdma_destroy_event_channel(t->events);
@@ -645,14 +588,15 @@ const struct transport_ops transport_rdma = {
     .name = "rdma",
     .one_sided = true,
     .open = rdma_open,
+    .adapters = rdma_devices,
     .close = rdma_close,
-    .listen = rdma_transport_listen,
-    .share = rdma_transport_share,
+    .listen = rdma_listen_open,
+    .share = rdma_listen_share,
     .connect = rdma_transport_connect,
     .send = rdma_link_send,
     .expose = rdma_link_expose,
     .unexpose = rdma_link_unexpose,
     .fetch = rdma_link_fetch,
     .cancel = rdma_link_cancel,
-    .shut = rdma_shut,
+    .shut = rdma_link_shut,
 };

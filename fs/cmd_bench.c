@@ -29,6 +29,7 @@ struct unit {
 
 struct bench {
     struct bench_config config;
+    struct transport_rail rail;
     struct words words;
     const struct unit *unit;
     int precision;
@@ -188,8 +189,11 @@ static int place(struct bench *b)
         status = -EINVAL;
     if (status < 0)
         cmd_error("--local_server_name=%s: %s", b->node ? b->node : "", strerror(-status));
-    if (is(w->protocol, "rdma") && address_valid(b->node ? b->node : "", false))
-        b->config.transport_config.source = b->node;
+    if (is(w->protocol, "rdma") && address_valid(b->node ? b->node : "", false)) {
+        snprintf(b->rail.address, sizeof(b->rail.address), "%s", b->node);
+        b->config.transport_config.rails = &b->rail;
+        b->config.transport_config.rail_count = 1;
+    }
     return status;
 }
 

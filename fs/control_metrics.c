@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/topology.h"
 #include "fs/control_parts.h"
 #include "meta/base/util.h"
 #include "p2pfs_config.h"
@@ -14,6 +15,8 @@ struct reading {
     struct catalog_totals totals;
     struct engine_peer *peers;
     size_t peer_count;
+    struct transport_adapter adapters[TOPOLOGY_RAILS_MAX];
+    size_t adapter_count;
     uint64_t uptime_s, online, peers_live, outages;
 };
 
@@ -23,13 +26,15 @@ struct metric {
     const char *name;
     const char *type; /* "gauge" or "counter" */
     const char *help;
-    size_t offset; /* of a uint64_t in struct reading, or in struct engine_peer */
+    size_t offset; /* of a uint64_t in struct reading, engine_peer or transport_adapter */
     enum unit unit;
 };
-#define METRICS      39
-#define PEER_METRICS 9
+#define METRICS         39
+#define PEER_METRICS    9
+#define ADAPTER_METRICS 3
 static const struct metric metrics[METRICS];
 static const struct metric peer_metrics[PEER_METRICS];
+static const struct metric adapter_metrics[ADAPTER_METRICS];
 
 static void reading_take(const struct house *house, struct reading *out)
 {
@@ -40,6 +45,7 @@ static void reading_take(const struct house *house, struct reading *out)
                             .peers_live = control_peers_live(house)};
     engine_stats(house->engine, &out->engine);
     catalog_totals(house->catalog, &out->totals);
+    out->adapter_count = engine_adapters(house->engine, out->adapters, util_count(out->adapters));
     if (engine_peers(house->engine, &out->peers, &out->peer_count) < 0)
         out->peer_count = 0;
 }
@@ -112,6 +118,15 @@ char *control_metrics(struct control *control, size_t *length)
             label_put(out, "peer", reading.peers[i].node);
             fputc('}', out);
             value_put(out, &peer_metrics[m], &reading.peers[i]);
+        }
+    }
+    for (size_t m = 0; m < ADAPTER_METRICS; m++) {
+        head_put(out, adapter_metrics[m].name, adapter_metrics[m].type, adapter_metrics[m].help);
+        for (size_t i = 0; i < reading.adapter_count; i++) {
+            fprintf(out, "p2pfs_%s{", adapter_metrics[m].name);
+            label_put(out, "device", reading.adapters[i].device);
+            fputc('}', out);
+            value_put(out, &adapter_metrics[m], &reading.adapters[i]);
         }
     }
     free(reading.peers);
@@ -207,4 +222,19 @@ static const struct metric peer_metrics[PEER_METRICS] = {
             "Asks of this node that the peer answered with BUSY."),
     OF_PEER("counter", refused, "peer_asks_refused_total",
             "Asks of the peer that this node answered with BUSY."),
+};
+
+#define OF_ADAPTER(kind, field, metric, words) \
+    {.name = (metric),                         \
+     .type = (kind),                           \
+     .help = (words),                          \
+     .offset = offsetof(struct transport_adapter, field)}
+
+static const struct metric adapter_metrics[ADAPTER_METRICS] = {
+    OF_ADAPTER("counter", received, "rdma_device_received_bytes_total",
+               "Bytes of shards that the device has read."),
+    OF_ADAPTER("gauge", rails, "rdma_device_connections",
+               "Connections that carry shards by the device."),
+    OF_ADAPTER("counter", failures, "rdma_device_failures_total",
+               "Connections by the device that failed while they carried shards."),
 };

@@ -3,6 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/topology.h"
 #include "fs/control_parts.h"
 #include "fs/through.h"
 #include "meta/base/util.h"
@@ -86,6 +87,18 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_text(out, "rdma_why", stats.rdma_why);
     json_put_u64(out, "bytes_rdma", stats.bytes_rdma);
     json_put_u64(out, "rdma_failures", stats.rdma_failures);
+    json_array(out, "adapters");
+    struct transport_adapter adapters[TOPOLOGY_RAILS_MAX];
+    size_t count = engine_adapters(house->engine, adapters, util_count(adapters));
+    for (size_t i = 0; i < count; i++) {
+        json_object(out, NULL);
+        json_put_text(out, "device", adapters[i].device);
+        json_put_u64(out, "connections", adapters[i].rails);
+        json_put_u64(out, "bytes_received", adapters[i].received);
+        json_put_u64(out, "failures", adapters[i].failures);
+        json_end(out);
+    }
+    json_end(out);
     json_put_text(out, "fetch", house->options.fetch_whole ? "whole" : "demand");
     struct through_status through;
     through_status(house->through, &through);

@@ -12,6 +12,7 @@
 #include "engine/address.h"
 #include "engine/bucket.h"
 #include "engine/digest.h"
+#include "engine/topology.h"
 #include "fs/memory.h"
 #include "meta/base/util.h"
 #include "meta/meta.h"
@@ -95,6 +96,69 @@ static int set_transport(struct options_parse *p)
 static int set_require_rdma(struct options_parse *p)
 {
     p->out->require_rdma = true;
+    return 0;
+}
+
+static int set_device(struct options_parse *p)
+{
+    const char *allowed = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.,";
+    if (p->value[strspn(p->value, allowed)] != '\0')
+        return refuse(p->error, "device=%s: not names of RDMA devices; write NAME or NAME\\,NAME",
+                      p->value);
+    return text_set(&p->out->device, p->value);
+}
+
+static int set_ib_port(struct options_parse *p)
+{
+    if (p->value[0] < '1' || p->value[0] > '9' || strlen(p->value) > 2)
+        return refuse(p->error, "%s=%s: not a port; write a number from 1 to 99", p->name,
+                      p->value);
+    p->out->ib_port = (unsigned)atoi(p->value);
+    return 0;
+}
+
+static int set_gid_index(struct options_parse *p)
+{
+    char *end = NULL;
+    unsigned long index = strtoul(p->value, &end, 10);
+    if (p->value[0] < '0' || p->value[0] > '9' || *end != '\0' || index > 255)
+        return refuse(p->error, "%s=%s: not an index; write a number from 0 to 255", p->name,
+                      p->value);
+    p->out->gid_index = (int)index;
+    return 0;
+}
+
+/* The matrix itself, or the name of a file that holds it. */
+static int set_nic_priority_matrix(struct options_parse *p)
+{
+    char *text = NULL, why[TOPOLOGY_WHY_MAX];
+    bool itself = p->value[strspn(p->value, " \t\r\n")] == '{';
+    if (itself) {
+        text = strdup(p->value);
+    } else {
+        size_t room = 0;
+        FILE *file = fopen(p->value, "re");
+        if (file == NULL || getdelim(&text, &room, '\0', file) < 0)
+            refuse(p->error, "%s=%s: %s; write a file that can be read, or the matrix itself",
+                   p->name, p->value, file == NULL ? strerror(errno) : "it is empty");
+        if (file != NULL)
+            fclose(file);
+        if (*p->error != NULL) {
+            free(text);
+            return -EINVAL;
+        }
+    }
+    struct topology_matrix *matrix = malloc(sizeof(*matrix));
+    int rc = text == NULL || matrix == NULL ? -ENOMEM : topology_matrix_parse(text, matrix, why);
+    free(matrix);
+    if (rc == -EINVAL)
+        refuse(p->error, "%s=%s: %s", p->name, itself ? "{...}" : p->value, why);
+    if (rc != 0) {
+        free(text);
+        return rc;
+    }
+    free(p->out->nic_priority_matrix);
+    p->out->nic_priority_matrix = text;
     return 0;
 }
 
@@ -470,6 +534,19 @@ static int apply_environment(struct options_parse *p)
     for (size_t i = 0; level != NULL && i < util_count(levels); i++)
         if (strcasecmp(level, levels[i].theirs) == 0)
             p->out->log_level = levels[i].ours;
+    static const struct {
+        const char *variable;
+        int (*set)(struct options_parse *p);
+    } same[] = {{"MC_GID_INDEX", set_gid_index},
+                {"MC_IB_PORT", set_ib_port},
+                {"MC_CUSTOM_TOPO_JSON", set_nic_priority_matrix}};
+    for (size_t i = 0; i < util_count(same); i++) {
+        p->name = same[i].variable;
+        p->value = getenv(p->name);
+        int rc = p->value == NULL || p->value[0] == '\0' ? 0 : same[i].set(p);
+        if (rc != 0)
+            return rc;
+    }
     const char *tcp = getenv("MC_FORCE_TCP");
     return tcp != NULL && tcp[0] != '\0' && strcmp(tcp, "0") != 0
                ? text_set(&p->out->transport, "tcp")
@@ -484,6 +561,7 @@ static int apply_defaults(struct options *out)
                             .orphan_ttl_s = OPTIONS_ORPHAN_TTL,
                             .digest = MODEL_XXH3,
                             .log_level = LOG_INFO,
+                            .gid_index = -1,
                             .default_permissions = true};
     int rc = text_set(&out->transport, "auto");
     return rc == 0 ? text_set(&out->open, "auto") : rc;
@@ -553,6 +631,8 @@ void options_clear(struct options *options)
     free(options->listen);
     free(options->advertise);
     free(options->transport);
+    free(options->device);
+    free(options->nic_priority_matrix);
     free(options->cache_dir);
     free(options->open);
     free(options->tcp_congestion);
@@ -564,8 +644,7 @@ void options_clear(struct options *options)
     *options = (struct options){0};
 }
 
-#define NO_RDMA "this build takes the device that has the address of listen=; leave it out"
-#define NO_TLS  "this build cannot encrypt; leave it out, or use a VPN"
+#define NO_TLS "this build cannot encrypt; leave it out, or use a VPN"
 
 const struct options_entry options_table[] = {
     {.name = "node",
@@ -587,12 +666,18 @@ const struct options_entry options_table[] = {
     {.name = "require_rdma",
      .summary = "move bytes by RDMA or not at all",
      .set = set_require_rdma},
-    {.name = "device", .argument = "NAME[,NAME]", .summary = "RDMA devices", .refused = NO_RDMA},
-    {.name = "gid_index", .argument = "N", .summary = "RDMA address index", .refused = NO_RDMA},
+    {.name = "device",
+     .argument = "NAME[,NAME]",
+     .summary = "RDMA devices (default: that of listen=, or all that are up)",
+     .set = set_device},
+    {.name = "gid_index",
+     .argument = "N",
+     .summary = "which of an RDMA device's addresses (default: RoCE v2, IPv4)",
+     .set = set_gid_index},
     {.name = "nic_priority_matrix",
      .argument = "FILE",
-     .summary = "which NIC for which memory",
-     .refused = NO_RDMA},
+     .summary = "which RDMA devices come first, in Mooncake's JSON",
+     .set = set_nic_priority_matrix},
     {.name = "shard_size",
      .argument = "SIZE|auto",
      .summary = "bytes of a shard (default: file size / 256, from 1M to 64M)",

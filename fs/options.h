@@ -19,7 +19,11 @@ struct options {
     char *advertise;
     char *transport; /* "auto", "rdma" or "tcp" */
     bool require_rdma;
-    uint32_t shard_size; /* 0: auto */
+    char *device;              /* NAME[,NAME], or NULL */
+    char *nic_priority_matrix; /* its text, or NULL */
+    int gid_index;             /* -1: chosen */
+    unsigned ib_port;          /* 0: chosen */
+    uint32_t shard_size;       /* 0: auto */
     uint64_t cache_size;
     char *cache_dir;
     bool fetch_whole;

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from harness.data import pattern
-from harness.guest import HOSTS
+from harness.guest import HOSTS, SECOND
 from harness.node import MountFailed
 from harness.wait import eventually
 
@@ -160,3 +160,121 @@ def test_a_device_that_goes_moves_the_pull_to_tcp(pair):
             second.kill9()
             deletion.wait(30)
             subprocess.run(["rdma", "link", "add", device, "type", "rxe", "netdev", netdev], check=True)
+
+
+# -- Several adapters
+
+BOTH = [f"{HOSTS[end].device},{SECOND[end].device}" for end in range(2)]
+
+
+@pytest.fixture
+def twin(cluster):
+    """The pair again, each with two adapters."""
+    first = node_on(cluster, 0, "first", 7001, device=BOTH[0])
+    second = node_on(cluster, 1, "second", 7002, device=BOTH[1])
+    return first, second
+
+
+def adapters(node):
+    return {adapter["device"]: adapter for adapter in node.status()["adapters"]}
+
+
+def by_adapter(node):
+    """Bytes that came by the first and the second one."""
+    found = adapters(node)
+    return [found.get(end[1].device, {"bytes_received": 0})["bytes_received"] for end in (HOSTS, SECOND)]
+
+
+def warm(first, second):
+    """Until both adapters carry shards: the second one joins while the first is at work."""
+    count = 0
+
+    def both():
+        nonlocal count
+        count += 1
+        data = register(first, f"warm{count}", seed=count, size=MIB)
+        assert seen(second, f"warm{count}").read_bytes() == data
+        return min(by_adapter(second)) > 0
+
+    eventually(both, 30, "both adapters carry shards")
+
+
+def test_every_shard_is_striped_over_two_adapters(twin):
+    first, second = twin
+    warm(first, second)
+    data = register(first, "f", size=4 * MIB)
+    before = by_adapter(second)
+    assert seen(second, "f").read_bytes() == data
+    assert first.status()["rdma_address"] == f"{HOSTS[0].ipv4}:7001,{SECOND[0].ipv4}:7001"
+    both = by_adapter(second)
+    assert sum(both) == second.status()["bytes_rdma"]
+    assert min(after - before for before, after in zip(before, both)) > MIB // 4
+    metrics = second.metrics()
+    for device, adapter in adapters(second).items():
+        label = f'{{device="{device}"}}'
+        assert metrics["p2pfs_rdma_device_received_bytes_total" + label] == adapter["bytes_received"]
+        assert metrics["p2pfs_rdma_device_failures_total" + label] == 0
+        assert metrics["p2pfs_rdma_device_connections" + label] > 0
+
+
+def test_a_device_that_is_deleted_leaves_the_pull_to_the_other(twin):
+    first, second = twin
+    gone = SECOND[1]
+    warm(first, second)
+    before = second.status()["bytes_received"]
+    data = register(first, "f", size=4 * SIZE)
+    reading = Reading(seen(second, "f"))
+    arriving(second, before)
+    with subprocess.Popen(["rdma", "link", "del", gone.device]) as deletion:
+        try:
+            assert reading.result() == data
+            status = second.status()
+            assert status["bytes_rdma"] == status["bytes_received"]
+        finally:
+            first.kill9()
+            second.kill9()
+            deletion.wait(30)
+            again = ["rdma", "link", "add", gone.device, "type", "rxe", "netdev", gone.netdev]
+            subprocess.run(again, check=True)
+
+
+def test_an_adapter_that_stands_by_reads_nothing_while_the_other_works(cluster):
+    matrix = json.dumps({"cpu:0": [[HOSTS[1].device], [SECOND[1].device]]})
+    first = node_on(cluster, 0, "first", 7001, device=BOTH[0])
+    second = node_on(cluster, 1, "second", 7002, nic_priority_matrix=matrix)
+    data = register(first, "f", size=2 * MIB)
+    assert seen(second, "f").read_bytes() == data
+    assert by_adapter(second) == [2 * MIB, 0]
+
+
+def test_four_nodes_pull_at_once(cluster):
+    nodes = [
+        cluster.node(f"node{i}", listen=f"{(HOSTS, SECOND)[i // 2][i % 2].ipv4}:{7001 + i}", device=BOTH[i % 2])
+        for i in range(4)
+    ]
+    data = register(nodes[0], "f", size=SIZE)
+    readings = [Reading(seen(node, "f")) for node in nodes[1:]]
+    for reading in readings:
+        assert reading.result() == data
+    assert sum(node.status()["bytes_received"] for node in nodes[1:]) >= 3 * SIZE
+
+
+def test_the_limit_of_uploads_holds_up_grants(cluster):
+    first = node_on(cluster, 0, "first", 7001, max_upload="64K")
+    second = node_on(cluster, 1, "second", 7002)
+    data = register(first, "f")
+    reading = Reading(seen(second, "f"))
+    arriving(second, 0)
+    reading.join(3)  # at that rate it would take a minute and a half
+    assert reading.is_alive()
+    assert second.status()["bytes_received"] < SIZE
+    first.cli("limit", "--upload=0", "")
+    assert reading.result() == data
+    assert second.status()["bytes_rdma"] == SIZE
+
+
+def test_a_device_that_is_not_there_is_named(cluster):
+    with pytest.raises(MountFailed, match="mlx5_9: this machine has no such RDMA device; it has rxe0"):
+        node_on(cluster, 0, "first", 7001, device="mlx5_9", transport="rdma")
+    with pytest.raises(MountFailed, match="gid_index=200: rxe0 port 1 has no address there"):
+        node_on(cluster, 0, "second", 7002, device="rxe0", gid_index=200, require_rdma=True)

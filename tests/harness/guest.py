@@ -10,4 +10,10 @@ class Host(NamedTuple):
     ipv6: str
 
 
-HOSTS = [Host(f"rxe{i}", f"eth{i}", f"10.9.0.{i + 1}", f"fd09::{i + 1}") for i in range(2)]
+def _adapter(pair, end):
+    i = 2 * pair + end
+    return Host(f"rxe{i}", f"eth{i}", f"10.9.{pair}.{end + 1}", f"fd09:{pair}::{end + 1}")
+
+
+HOSTS = [_adapter(0, 0), _adapter(0, 1)]
+SECOND = [_adapter(1, 0), _adapter(1, 1)]  # the second adapter of each

@@ -144,7 +144,8 @@ struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *address, size_t length,
     if (!fake_fails(FAKE_REGISTER) && (frames || !fake_fails(kind))) {
         region = fake_new(sizeof(*region), &fake.regions);
         region->access = (int)access;
-        region->mr = (struct ibv_mr){.addr = address, .length = length, .lkey = ++fake.last_key};
+        region->mr =
+            (struct ibv_mr){.pd = pd, .addr = address, .length = length, .lkey = ++fake.last_key};
         region->mr.rkey = region->mr.lkey;
         DL_APPEND(fake.registered, region);
     }

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -88,6 +89,39 @@ static void every_value_lands(void **state)
     assert_int_equal(out.max_upload, 10 << 20);
     assert_int_equal(out.max_download, 3ull << 29);
     assert_int_equal(out.log_level, LOG_DEBUG);
+    options_clear(&out);
+}
+
+static void adapters_are_named_by_options_files_and_mooncakes_variables(void **state)
+{
+    struct options out =
+        accepted("device=mlx5_0\\,mlx5_1,gid_index=3,nic_priority_matrix={\"*\": [[\"a\"]\\,[]]}");
+    assert_string_equal(out.device, "mlx5_0,mlx5_1");
+    assert_int_equal(out.gid_index, 3);
+    assert_string_equal(out.nic_priority_matrix, "{\"*\": [[\"a\"],[]]}");
+    options_clear(&out);
+    char path[] = "/tmp/p2pfs-matrix-XXXXXX";
+    int fd = mkstemp(path);
+    assert_int_equal(write(fd, "{\"*\": [[\"b\"]]}", 14), 14);
+    setenv("MC_CUSTOM_TOPO_JSON", path, 1);
+    setenv("MC_GID_INDEX", "1", 1);
+    setenv("MC_IB_PORT", "2", 1);
+    out = accepted(NULL);
+    assert_string_equal(out.nic_priority_matrix, "{\"*\": [[\"b\"]]}");
+    assert_int_equal(out.gid_index, 1);
+    assert_int_equal(out.ib_port, 2);
+    options_clear(&out);
+    out = accepted("gid_index=0");
+    assert_int_equal(out.gid_index, 0);
+    options_clear(&out);
+    unsetenv("MC_CUSTOM_TOPO_JSON");
+    unsetenv("MC_GID_INDEX");
+    unsetenv("MC_IB_PORT");
+    close(fd);
+    unlink(path);
+    out = accepted(NULL);
+    assert_int_equal(out.gid_index, -1);
+    assert_null(out.device);
     options_clear(&out);
 }
 
@@ -237,6 +271,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults),
         cmocka_unit_test(every_value_lands),
+        cmocka_unit_test(adapters_are_named_by_options_files_and_mooncakes_variables),
         cmocka_unit_test(cache_size_in_percent),
         cmocka_unit_test(a_later_option_beats_an_earlier_one_and_the_environment),
         cmocka_unit_test(commas_and_backslashes_are_escaped),

@@ -244,7 +244,7 @@ static void rdma_every_failed_completion_of_a_message_ends_the_link(void **state
 
 static struct fake_id *id_of(const struct side *side)
 {
-    return fake_id_of(((struct rdma_link *)side->link)->id);
+    return fake_id_of(((struct rdma_link *)side->link)->rails[0].id);
 }
 
 static bool reads_under_way(void)

@@ -1,0 +1,52 @@
+"""Two adapters, and the wire of one is cut."""
+
+import subprocess
+
+import pytest
+from test_rdma_mount import MIB, SIZE, Reading, arriving, by_adapter, register, seen, twin, warm  # noqa: F401
+
+from harness.guest import HOSTS, SECOND
+from harness.wait import eventually
+
+pytestmark = pytest.mark.limit(150)
+
+
+def wire(pair, cut):
+    """What the two ends of a pair send each other is lost, or arrives again. Their interfaces stay up: once something
+    has tried to connect while the route was gone, soft-RoCE answers no more when it is back."""
+    for end, other in ((0, 1), (1, 0)):
+        there, by = pair[other].ipv4, ["dev", pair[end].netdev]
+        nowhere = ["replace", there, *by, "lladdr", "02:00:00:00:de:ad", "nud", "permanent"]
+        subprocess.run(["ip", "neigh", *(nowhere if cut else ["del", there, *by])], check=True)
+
+
+@pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
+def test_a_wire_that_is_cut_is_paused_and_comes_back(twin, lost):
+    first, second = twin
+    pair = (HOSTS, SECOND)[lost]
+    warm(first, second)
+    before = second.status()["bytes_received"]
+    data = register(first, "f", size=6 * SIZE)
+    reading = Reading(seen(second, "f"))
+    arriving(second, before)
+    wire(pair, cut=True)
+    try:
+        assert reading.result() == data
+        status = second.status()
+        assert status["bytes_rdma"] == status["bytes_received"]  # none of it by TCP
+        alone = by_adapter(second)
+        data = register(first, "g", seed=2)
+        assert seen(second, "g").read_bytes() == data
+        assert by_adapter(second)[lost] == alone[lost]
+    finally:
+        wire(pair, cut=False)
+    count = 0
+
+    def returned():
+        nonlocal count
+        count += 1
+        more = register(first, f"h{count}", seed=count, size=2 * MIB)
+        assert seen(second, f"h{count}").read_bytes() == more
+        return by_adapter(second)[lost] > alone[lost]
+
+    eventually(returned, 60, f"{pair[1].device} carries shards again")
