@@ -209,7 +209,9 @@ int direct_take(struct replica *r)
     d->size = direct_size(r);
     int status = d->size > MODEL_SIZE_MAX ? -EFBIG : draft_leaves_room(r, d->size);
     if (status == 0) {
-        memset(d->leaves, 0, d->leaf_count * sizeof *d->leaves);
+        if (d->leaf_count > 0) { /* an empty file has none */
+            memset(d->leaves, 0, d->leaf_count * sizeof *d->leaves);
+        }
         cache_unreserve(engine->cache, r); /* what it was promised beyond */
         (void)cache_reserve(engine->cache, r, d->size);
     }

@@ -12,8 +12,8 @@ pytestmark = pytest.mark.limit(150)
 
 
 def wire(pair, cut):
-    """What the two ends of a pair send each other is lost, or arrives again. Their interfaces stay up: once something
-    has tried to connect while the route was gone, soft-RoCE answers no more when it is back."""
+    """What the two ends of a pair send each other is lost, or arrives again. Their interfaces stay up: soft-RoCE of
+    Linux 6.12 did not connect again over one that had been down while connections were tried."""
     for end, other in ((0, 1), (1, 0)):
         there, by = pair[other].ipv4, ["dev", pair[end].netdev]
         nowhere = ["replace", there, *by, "lladdr", "02:00:00:00:de:ad", "nud", "permanent"]
