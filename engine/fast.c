@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "engine/lane.h"
+#include "engine/topology.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -44,33 +45,15 @@ static int lane_fast_open(struct lane *lane)
     return 0;
 }
 
-/* Connections come from where this node listens, or from the adapters that the user names, or from all that are up. */
 static int rails_choose(struct engine *engine)
 {
     const struct engine_config *config = &engine->config;
-    const char *address = engine->address;
-    bool v6 = address[0] == '[';
-    bool any = strncmp(address, "0.0.0.0:", 8) == 0 || strncmp(address, "[::]:", 5) == 0;
-    char host[TRANSPORT_NAME_MAX + 1];
-    snprintf(host, sizeof host, "%.*s", (int)(strrchr(address, ':') - address - 2 * v6),
-             address + v6);
     struct topology_wish wish = {.devices = config->rdma_devices,
                                  .matrix = config->rdma_matrix,
                                  .gid_index = (int)config->rdma_gid - 1,
-                                 .port = config->rdma_port,
-                                 .host = any ? NULL : host};
-    struct topology *topology = malloc(sizeof *topology);
-    int status = topology ? topology_read("/sys", &wish, topology) : -ENOMEM;
-    if (status == 0) {
-        status =
-            topology_choose(topology, &wish, engine->rails, &engine->rail_count, engine->fast_why);
-    }
-    free(topology);
-    if (status == 0 && engine->rail_count == 0 && !any) {
-        snprintf(engine->rails[0].address, sizeof engine->rails[0].address, "%s", address);
-        engine->rail_count = 1;
-    }
-    return status;
+                                 .port = config->rdma_port};
+    return topology_rails(engine->address, &wish, engine->rails, &engine->rail_count,
+                          engine->fast_why);
 }
 
 static bool loopback(const struct engine *engine)

@@ -72,8 +72,8 @@ P2PSTORE_API const char *p2pstore_error(void);
  *   transport=auto|tcp|rdma    auto: RDMA with peers that both ends reach over it, else TCP; rdma: the same, and opening
  *                          fails where this machine has no RDMA
  *   require_rdma           no byte moves over TCP
- *   device=NAME[,NAME]     RDMA devices
- *   nic_priority_matrix=JSON   which device for which location: {"cpu:0": [["mlx5_0"], ["mlx5_1"]], ...}
+ *   device=NAME[,NAME]     RDMA devices (default: the one that has the address of listen=, or all that are up)
+ *   nic_priority_matrix=JSON   which devices come first: {"cpu:0": [["mlx5_0"], ["mlx5_1"]], ...}; or a file with it
  *   credentials=FILE       user and password for the metadata service
  *   secret_file=FILE       the cluster's secret
  *   tcp_congestion=NAME, locality=ZONE[/RACK]   as mount options of p2pfs
@@ -82,9 +82,8 @@ P2PSTORE_API const char *p2pstore_error(void);
  *   orphan_ttl=SECONDS     a name that nobody holds goes after this (3600; 0: never)
  *   allow_overwrite        a registration may replace a name that exists
  *   log_level=error|warn|info|debug   what goes to standard error (warn); for the whole process
- * listen= chooses the RDMA device, by its address: device= and nic_priority_matrix= are accepted and not used. Over RDMA
- * the device reads and writes ranges in place. Each shard is known to it, and locked in memory, only while it is on its
- * way, so RLIMIT_MEMLOCK must allow for some shards ("ulimit -l unlimited").
+ * Over RDMA the devices read and write ranges in place. Each shard is known to them, and locked in memory, only while it
+ * is on its way, so RLIMIT_MEMLOCK must allow for some shards ("ulimit -l unlimited").
  * Blocks until the metadata service has answered, or has not (about 10 s); a node of this name that died without
  * closing is waited for (10 s), on another machine. The library starts about twelve threads.
  * -EINVAL: a bad argument or option; -EOPNOTSUPP, -ENODEV, -EADDRNOTAVAIL: RDMA is demanded and not here; -EEXIST: a live node has this name;

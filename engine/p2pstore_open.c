@@ -13,6 +13,7 @@
 #include "engine/digest.h"
 #include "engine/extents.h"
 #include "engine/handshake.h"
+#include "engine/topology.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 #include "meta/meta.h"
@@ -162,7 +163,7 @@ static enum engine_rdma rdma_wanted(const struct settings *s)
 }
 
 /* What was said, on its own. */
-static int settings_check(const struct settings *s)
+static int settings_check(struct settings *s)
 {
     if (s->node && model_node_check(s->node) < 0) {
         return store_fail(-EINVAL,
@@ -179,11 +180,14 @@ static int settings_check(const struct settings *s)
     if (s->log_level && log_set(s->log_level) < 0) {
         return store_fail(-EINVAL, "log_level=%s: use error, warn, info or debug", s->log_level);
     }
-    if (s->nic_priority_matrix &&
-        s->nic_priority_matrix[strspn(s->nic_priority_matrix, " \t\r\n")] != '{') {
-        return store_fail(
-            -EINVAL, "nic_priority_matrix: not a JSON object; write {\"cpu:0\": [[\"mlx5_0\"], "
-                     "[\"mlx5_1\"]]}");
+    if (s->nic_priority_matrix) {
+        char *matrix = NULL, why[TOPOLOGY_WHY_MAX] = "out of memory";
+        int status = topology_matrix_load(s->nic_priority_matrix, &matrix, why);
+        if (status < 0) {
+            return store_fail(status, "nic_priority_matrix: %s", why);
+        }
+        free(s->nic_priority_matrix);
+        s->nic_priority_matrix = matrix;
     }
     const char *transport = s->transport ? s->transport : "auto";
     if (strcmp(transport, "auto") != 0 && strcmp(transport, "tcp") != 0 &&

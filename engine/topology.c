@@ -313,3 +313,27 @@ int topology_choose(const struct topology *topology, const struct topology_wish 
     *count = r == 0 ? c.count : 0;
     return r;
 }
+
+int topology_rails(const char *listen, const struct topology_wish *wish,
+                   struct transport_rail rails[TOPOLOGY_RAILS_MAX], unsigned *count,
+                   char why[TOPOLOGY_WHY_MAX])
+{
+    bool v6 = listen[0] == '[';
+    bool any = strncmp(listen, "0.0.0.0:", 8) == 0 || strncmp(listen, "[::]:", 5) == 0;
+    char host[TRANSPORT_NAME_MAX + 1];
+    snprintf(host, sizeof(host), "%.*s", (int)(strrchr(listen, ':') - listen - 2 * v6),
+             listen + v6);
+    struct topology_wish mine = *wish;
+    mine.host = any ? NULL : host;
+    *count = 0;
+    struct topology *topology = malloc(sizeof(*topology));
+    int status = topology ? topology_read("/sys", &mine, topology) : -ENOMEM;
+    if (status == 0)
+        status = topology_choose(topology, &mine, rails, count, why);
+    free(topology);
+    if (status == 0 && *count == 0 && !any) {
+        snprintf(rails[0].address, sizeof(rails[0].address), "%s", listen);
+        *count = 1;
+    }
+    return status;
+}

@@ -44,6 +44,9 @@ struct topology_matrix {
 /* 0; -EINVAL, and `why` says at which line and column, and what is wrong. */
 int topology_matrix_parse(const char *text, struct topology_matrix *out,
                           char why[TOPOLOGY_WHY_MAX]);
+/* `given`: the matrix itself, or the name of a file that holds it. *text is the matrix, and good; the caller frees it.
+ * -EINVAL with `why`; -ENOMEM. */
+int topology_matrix_load(const char *given, char **text, char why[TOPOLOGY_WHY_MAX]);
 
 /* What the user asked for. Zero it first, but for gid_index. */
 struct topology_wish {
@@ -61,5 +64,11 @@ int topology_read(const char *sysfs, const struct topology_wish *wish, struct to
 int topology_choose(const struct topology *topology, const struct topology_wish *wish,
                     struct transport_rail rails[TOPOLOGY_RAILS_MAX], unsigned *count,
                     char why[TOPOLOGY_WHY_MAX]);
+
+/* Both, for this machine and a node that listens on `listen` (HOST:PORT): without wish and device, the adapter that has
+ * that address, should there be one. wish->host does not count. */
+int topology_rails(const char *listen, const struct topology_wish *wish,
+                   struct transport_rail rails[TOPOLOGY_RAILS_MAX], unsigned *count,
+                   char why[TOPOLOGY_WHY_MAX]);
 
 #endif

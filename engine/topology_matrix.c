@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "engine/topology.h"
+#include "meta/base/util.h"
 
 /* A reader of its own rather than a JSON library's: whoever wrote the file is told where it is wrong, and also where it
  * is JSON of another shape. Names of devices and memory need no escapes. */
@@ -127,4 +128,31 @@ int topology_matrix_parse(const char *text, struct topology_matrix *out, char wh
         r = scan_fail(&s, "a device");
     free(other);
     return r;
+}
+
+int topology_matrix_load(const char *given, char **text, char why[TOPOLOGY_WHY_MAX])
+{
+    util_autofree char *read = NULL;
+    bool itself = given[strspn(given, " \t\r\n")] == '{';
+    if (!itself) {
+        size_t room = 0;
+        FILE *file = fopen(given, "re");
+        bool got = file && getdelim(&read, &room, '\0', file) >= 0;
+        int error = errno;
+        if (file)
+            fclose(file);
+        if (!got) {
+            snprintf(why, TOPOLOGY_WHY_MAX,
+                     "%s; write a file that can be read, or the matrix itself",
+                     file ? "it is empty" : strerror(error));
+            return -EINVAL;
+        }
+    }
+    struct topology_matrix *matrix = malloc(sizeof(*matrix));
+    int status = matrix ? topology_matrix_parse(itself ? given : read, matrix, why) : -ENOMEM;
+    free(matrix);
+    if (status < 0)
+        return status;
+    *text = strdup(itself ? given : read);
+    return *text ? 0 : -ENOMEM;
 }

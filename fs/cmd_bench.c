@@ -6,6 +6,7 @@
 
 #include "engine/address.h"
 #include "engine/bench.h"
+#include "engine/topology.h"
 #include "fs/cmd_tools.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -29,7 +30,7 @@ struct unit {
 
 struct bench {
     struct bench_config config;
-    struct transport_rail rail;
+    struct transport_rail rails[TOPOLOGY_RAILS_MAX];
     struct words words;
     const struct unit *unit;
     int precision;
@@ -162,6 +163,33 @@ static int parse(struct bench *b, int argc, char **argv)
     return status < 0 ? numbers(b) : status;
 }
 
+/* Those asked for; else the one that has the address of --local_server_name. */
+static int adapters(struct bench *b)
+{
+    const struct words *w = &b->words;
+    util_autofree char *matrix = NULL;
+    char why[TOPOLOGY_WHY_MAX] = "out of memory";
+    bool asked = w->device_name || w->nic_priority_matrix || w->auto_discovery;
+    bool placed = b->node && address_valid(b->node, false);
+    if (!asked && !placed)
+        return 0; /* whichever the way to the target leads through */
+    int status = 0;
+    if (w->nic_priority_matrix) {
+        status = topology_matrix_load(w->nic_priority_matrix, &matrix, why);
+        if (status < 0)
+            cmd_error("--nic_priority_matrix: %s", why);
+    }
+    if (status == 0) {
+        struct topology_wish wish = {.devices = w->device_name, .matrix = matrix, .gid_index = -1};
+        status = topology_rails(asked ? "0.0.0.0:0" : b->node, &wish, b->rails,
+                                &b->config.transport_config.rail_count, why);
+        if (status < 0)
+            cmd_error("%s", why);
+    }
+    b->config.transport_config.rails = b->rails;
+    return status;
+}
+
 /* Where it is in the cluster. 0, or negative errno after a line on stderr. */
 static int place(struct bench *b)
 {
@@ -171,9 +199,6 @@ static int place(struct bench *b)
         cmd_error("this build has no libibverbs; use --protocol=tcp");
         return -EOPNOTSUPP;
     }
-    if (w->device_name || w->nic_priority_matrix || w->auto_discovery)
-        log_warn("--device_name, --nic_priority_matrix and --auto_discovery are not used: the "
-                 "device is the one that has the address of --local_server_name");
     const char *scheme = strstr(w->metadata_server, "://") ? "" : "etcd://";
     if (asprintf(&b->url, "%s%s", scheme, w->metadata_server) < 0)
         b->url = NULL;
@@ -189,12 +214,7 @@ static int place(struct bench *b)
         status = -EINVAL;
     if (status < 0)
         cmd_error("--local_server_name=%s: %s", b->node ? b->node : "", strerror(-status));
-    if (is(w->protocol, "rdma") && address_valid(b->node ? b->node : "", false)) {
-        snprintf(b->rail.address, sizeof(b->rail.address), "%s", b->node);
-        b->config.transport_config.rails = &b->rail;
-        b->config.transport_config.rail_count = 1;
-    }
-    return status;
+    return status == 0 && is(w->protocol, "rdma") ? adapters(b) : status;
 }
 
 /* ---- the two modes ---- */
@@ -372,8 +392,9 @@ const struct cmd cmd_bench = {
         "  --segment_id=NAME           the target's --local_server_name\n"
         "  --operation=read|write      write: the target reads from the initiator (read)\n"
         "  --protocol=rdma|tcp         (rdma)\n"
-        "  --device_name=NAME, --nic_priority_matrix=FILE, --auto_discovery\n"
-        "                              accepted; the address chooses the device\n"
+        "  --device_name=NAME[,NAME], --nic_priority_matrix=FILE, --auto_discovery\n"
+        "                              RDMA devices: these, by FILE's order, or all that are up\n"
+        "                              (the one that has the address of --local_server_name)\n"
         "  --buffer_size=SIZE          (1G)\n"
         "  --batch_size=N              blocks under way in each thread (128)\n"
         "  --block_size=SIZE           (64K)\n"

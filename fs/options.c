@@ -128,35 +128,15 @@ static int set_gid_index(struct options_parse *p)
     return 0;
 }
 
-/* The matrix itself, or the name of a file that holds it. */
 static int set_nic_priority_matrix(struct options_parse *p)
 {
     char *text = NULL, why[TOPOLOGY_WHY_MAX];
     bool itself = p->value[strspn(p->value, " \t\r\n")] == '{';
-    if (itself) {
-        text = strdup(p->value);
-    } else {
-        size_t room = 0;
-        FILE *file = fopen(p->value, "re");
-        if (file == NULL || getdelim(&text, &room, '\0', file) < 0)
-            refuse(p->error, "%s=%s: %s; write a file that can be read, or the matrix itself",
-                   p->name, p->value, file == NULL ? strerror(errno) : "it is empty");
-        if (file != NULL)
-            fclose(file);
-        if (*p->error != NULL) {
-            free(text);
-            return -EINVAL;
-        }
-    }
-    struct topology_matrix *matrix = malloc(sizeof(*matrix));
-    int rc = text == NULL || matrix == NULL ? -ENOMEM : topology_matrix_parse(text, matrix, why);
-    free(matrix);
+    int rc = topology_matrix_load(p->value, &text, why);
     if (rc == -EINVAL)
-        refuse(p->error, "%s=%s: %s", p->name, itself ? "{...}" : p->value, why);
-    if (rc != 0) {
-        free(text);
+        return refuse(p->error, "%s=%s: %s", p->name, itself ? "{...}" : p->value, why);
+    if (rc != 0)
         return rc;
-    }
     free(p->out->nic_priority_matrix);
     p->out->nic_priority_matrix = text;
     return 0;

@@ -504,13 +504,18 @@ static void options_are_refused_by_name(void **state)
         const char *option;
         int status;
         const char *says;
-    } wrong[] = {
-        {"colour=red", -EINVAL, "colour"},       {"listen=here", -EINVAL, "listen"},
-        {"listen=", -EINVAL, "listen"},          {"advertise=:", -EINVAL, "advertise"},
-        {"transport=rdma", -EOPNOTSUPP, "rdma"}, {"transport=pigeon", -EINVAL, "pigeon"},
-        {"digest=md5", -EINVAL, "digest"},       {"read_timeout=0", -EINVAL, "read_timeout"},
-        {"log_level=loud", -EINVAL, "loud"},     {"nic_priority_matrix=mlx5_0", -EINVAL, "JSON"},
-        {"secret_file=/none", -ENOENT, "/none"}};
+    } wrong[] = {{"colour=red", -EINVAL, "colour"},
+                 {"listen=here", -EINVAL, "listen"},
+                 {"listen=", -EINVAL, "listen"},
+                 {"advertise=:", -EINVAL, "advertise"},
+                 {"transport=rdma", -EOPNOTSUPP, "rdma"},
+                 {"transport=pigeon", -EINVAL, "pigeon"},
+                 {"digest=md5", -EINVAL, "digest"},
+                 {"read_timeout=0", -EINVAL, "read_timeout"},
+                 {"log_level=loud", -EINVAL, "loud"},
+                 {"nic_priority_matrix=mlx5_0", -EINVAL, "the matrix itself"},
+                 {"nic_priority_matrix={\"cpu:0\": 3}", -EINVAL, "line 1"},
+                 {"secret_file=/none", -ENOENT, "/none"}};
     for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
         const char *options[] = {"listen=127.0.0.1:0", wrong[i].option, NULL};
         struct p2pstore *store = A;

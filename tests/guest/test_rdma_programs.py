@@ -66,6 +66,7 @@ def test_bench(tmp_path, operation):
                     *common,
                     f"--segment_id={name}",
                     f"--local_server_name={HOSTS[1].ipv4}:7312",
+                    f"--device_name={HOSTS[1].device}",
                     f"--operation={operation}",
                     "--batch_size=4",
                     "--block_size=256K",
