@@ -66,7 +66,8 @@ static int tmpfs_mount(uint64_t limit, uint64_t slack, const char *huge)
         return -errno;
     }
     char size[32];
-    snprintf(size, sizeof size, "%llu", (unsigned long long)(limit + slack));
+    unsigned long long bytes = limit + slack;
+    snprintf(size, sizeof size, "%llu", bytes);
     if (fs_config(fs, FSCONFIG_SET_STRING, "huge", huge) < 0 ||
         fs_config(fs, FSCONFIG_SET_STRING, "size", size) < 0 ||
         fs_config(fs, FSCONFIG_SET_STRING, "nr_inodes", "0") < 0 ||
