@@ -51,10 +51,9 @@ enum fake_call {
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    enum fake_call fails; /* with `error`, after `after` that succeed, once or `always` */
+    enum fake_call fails; /* with `error`, after `after` that succeed, once */
     unsigned after;
     int error;
-    bool always;
     enum ibv_wc_status send_status, read_status; /* of the next such request, unless 0 */
     bool reads_stall;                            /* READs stay under way */
     bool deregister_waits; /* deregistering memory that READs land in, until it is false again */
@@ -67,18 +66,29 @@ static struct {
     uint16_t last_port;
     struct fake_id *listeners;
     struct fake_region *registered;
-} fake = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+} fake = {.lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP, .changed = PTHREAD_COND_INITIALIZER};
 
+/* Threads that register and deregister memory ask too. */
 static bool fake_fails(enum fake_call call)
 {
+    pthread_mutex_lock(&fake.lock);
     bool now = fake.fails == call && fake.after-- == 0;
-    if (now)
+    if (now) {
         fake.after = 0;
-    if (now && !fake.always)
         fake.fails = FAKE_NONE;
-    if (now)
         errno = fake.error;
+    }
+    pthread_mutex_unlock(&fake.lock);
     return now;
+}
+
+static void fake_fail_at(enum fake_call call, unsigned after, int error)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.error = error;
+    fake.after = after;
+    fake.fails = call;
+    pthread_mutex_unlock(&fake.lock);
 }
 
 static void *fake_new(size_t size, int *count)
@@ -668,10 +678,7 @@ static void fake_reset(void)
                                                  .req_notify_cq = fake_notify,
                                                  .post_send = fake_post_send,
                                                  .post_recv = fake_post_receive}};
-    fake.fails = FAKE_NONE;
-    fake.after = 0;
-    fake.always = false;
-    fake.error = EIO;
+    fake_fail_at(FAKE_NONE, 0, EIO);
     fake.send_status = fake.read_status = IBV_WC_SUCCESS;
     fake.reads_stall = fake.deregister_waits = fake.other_preface = false;
     fake.event = RDMA_CM_EVENT_ADDR_RESOLVED; // 0: none

@@ -36,15 +36,6 @@ static int end(void **state)
     return fake_empty() ? 0 : -1;
 }
 
-static void fail_at(enum fake_call call, int error)
-{
-    fake.error = error;
-    fake.after = 0;
-    pthread_mutex_lock(&fake.lock);
-    fake.fails = call;
-    pthread_mutex_unlock(&fake.lock);
-}
-
 static void offer_all(void)
 {
     puller.on_message = take_grant;
@@ -96,7 +87,7 @@ static void connect_fails(int error)
 /* And the next one, without a fault, succeeds. */
 static void then_connects(void)
 {
-    fake.fails = FAKE_NONE;
+    fake_fail_at(FAKE_NONE, 0, EIO);
     fake.event = RDMA_CM_EVENT_ADDR_RESOLVED;
     memset(&puller, 0, sizeof puller);
     memset(&holder, 0, sizeof holder);
@@ -110,7 +101,7 @@ static void rdma_what_cannot_be_made_ends_the_connection(void **state)
         FAKE_CREATE_CQ,    FAKE_CREATE_QP,     FAKE_POST_RECEIVE,    FAKE_NOTIFY,
         FAKE_CREATE_ID,    FAKE_RESOLVE_ROUTE, FAKE_RESOLVE_ADDRESS, FAKE_CONNECT};
     for (size_t i = 0; i < util_count(calls); i++) {
-        fail_at(calls[i], ENOSPC);
+        fake_fail_at(calls[i], 0, ENOSPC);
         connect_fails(-ENOSPC);
     }
     then_connects();
@@ -120,8 +111,7 @@ static void rdma_who_cannot_accept_is_not_heard_of(void **state)
 {
     static const enum fake_call calls[] = {FAKE_ACCEPT, FAKE_CREATE_CQ, FAKE_CREATE_QP};
     for (size_t i = 0; i < util_count(calls); i++) {
-        fail_at(calls[i], ENOSPC);
-        fake.after = i > 0; // the connecting side makes its own first
+        fake_fail_at(calls[i], i > 0, ENOSPC); // the connecting side makes its own first
         connect_fails(-EHOSTUNREACH);
     }
     then_connects();
@@ -161,7 +151,7 @@ static void rdma_another_version_is_refused(void **state)
 static void rdma_a_message_that_cannot_be_posted_ends_the_link(void **state)
 {
     link_up();
-    fail_at(FAKE_POST_SEND, ENOMEM);
+    fake_fail_at(FAKE_POST_SEND, 0, ENOMEM);
     assert_int_equal(ops->send(puller.link, "hello", 5), 0);
     assert_true(run_until(puller_down, SOON));
     assert_int_equal(puller.error, -ENOMEM);
@@ -172,7 +162,7 @@ static void rdma_a_message_that_cannot_be_posted_ends_the_link(void **state)
 static void rdma_a_buffer_that_cannot_be_posted_again_ends_the_link(void **state)
 {
     link_up();
-    fail_at(FAKE_POST_RECEIVE, ENOMEM);
+    fake_fail_at(FAKE_POST_RECEIVE, 0, ENOMEM);
     assert_int_equal(ops->send(puller.link, "hello", 5), 0);
     assert_true(run_until(holder_down, SOON));
     assert_int_equal(holder.messages, 1);
@@ -186,8 +176,7 @@ static void rdma_a_read_that_cannot_be_posted_answers_every_fetch(void **state)
         memset(&puller, 0, sizeof puller);
         memset(&holder, 0, sizeof holder);
         link_up();
-        fail_at(FAKE_POST_READ, EINVAL);
-        fake.after = after;
+        fake_fail_at(FAKE_POST_READ, after, EINVAL);
         offer_all();
         assert_true(run_until(puller_down, SOON));
         assert_int_equal(answers(), -EINVAL);
@@ -273,7 +262,7 @@ static bool both_down(void)
 static void rdma_completions_that_cannot_be_waited_for_end_the_link(void **state)
 {
     link_up();
-    fail_at(FAKE_NOTIFY, ENOMEM);
+    fake_fail_at(FAKE_NOTIFY, 0, ENOMEM);
     assert_int_equal(ops->send(puller.link, "hello", 5), 0);
     assert_true(run_until(both_down, SOON));
     assert_true(puller.error == -ENOMEM || holder.error == -ENOMEM);
@@ -284,7 +273,7 @@ static void rdma_completions_that_cannot_be_waited_for_end_the_link(void **state
 static void rdma_memory_that_cannot_be_registered_fails_its_fetch_only(void **state)
 {
     link_up();
-    fail_at(FAKE_REGISTER_WRITE, ENOMEM);
+    fake_fail_at(FAKE_REGISTER_WRITE, 0, ENOMEM);
     offer_all();
     assert_true(run_until(fetches_finished, SOON));
     int failed = 0;
@@ -303,7 +292,7 @@ static void rdma_memory_that_cannot_be_offered_is_told_at_once(void **state)
     struct transport_descriptor descriptor;
     struct transport_region part = {.fd = region.fd, .map = source, .length = SHARD};
     link_up();
-    fail_at(FAKE_REGISTER_READ, EPERM);
+    fake_fail_at(FAKE_REGISTER_READ, 0, EPERM);
     assert_int_equal(ops->expose(holder.link, 1, &part, false, &descriptor), -EPERM);
     offer_all(); // the same id again: nothing was kept
     all_arrive();
@@ -314,7 +303,7 @@ static void rdma_memory_that_cannot_be_taken_back_ends_the_link(void **state)
     link_up();
     offer_all();
     all_arrive();
-    fail_at(FAKE_DEREGISTER, EBUSY);
+    fake_fail_at(FAKE_DEREGISTER, 0, EBUSY);
     ops->unexpose(holder.link, 1);
     assert_true(run_until(holder_down, SOON));
     assert_int_equal(holder.error, -EBUSY);
