@@ -2,12 +2,15 @@
 #ifndef P2PFS_TESTS_CONTRACT_META_BACKENDS_H
 #define P2PFS_TESTS_CONTRACT_META_BACKENDS_H
 
+#include <errno.h>
+#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 
+#include "meta/http.h"
 #include "meta/meta.h"
 #include "tests/contract/service.h"
 
@@ -18,7 +21,8 @@ struct backend {
     const char *(*start)(void);
     void (*end)(void);
     int (*restart)(void); /* the service, with what it has on its disk; NULL: there is none */
-    int lease_grain_ms;   /* by how much leases are rounded up */
+    int (*forget)(uint64_t revision); /* changes up to there; NULL: not from outside */
+    int lease_grain_ms;               /* by how much leases are rounded up */
     int (*setup)(char url[META_URL_MAX]);
     void (*teardown)(const char *url);
 };
@@ -114,6 +118,23 @@ static int etcd_setup(char out[META_URL_MAX])
     return 0;
 }
 
+static int etcd_forget(uint64_t revision)
+{
+    char target[128], body[64];
+    struct http *http;
+    struct http_reply reply = {0};
+    bool sent;
+    snprintf(target, sizeof(target), "http://127.0.0.1:%d/v3/kv/compaction", service.port);
+    snprintf(body, sizeof(body), "{\"revision\":\"%" PRIu64 "\",\"physical\":true}", revision);
+    int rc = http_open(NULL, NULL, NULL, &http);
+    if (rc == 0) {
+        rc = http_post(http, target, NULL, body, 5000, &reply, &sent);
+        free(reply.body);
+        http_close(http);
+    }
+    return rc == 0 && reply.status != 200 ? -EBADMSG : rc;
+}
+
 static const char *http_start(void)
 {
     return service_place(&service) == 0 && service_start_http(&service, NULL) == 0
@@ -154,6 +175,7 @@ static const struct backend backends[] = {
      .end = service_stop,
      .lease_grain_ms = 1000,
      .restart = etcd_restart,
+     .forget = etcd_forget,
      .setup = etcd_setup,
      .teardown = service_teardown},
     {.name = "http",

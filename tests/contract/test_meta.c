@@ -490,6 +490,22 @@ static void a_revision_that_never_was_is_stale(void **state)
     assert_int_equal(b->ops->wait(b, "t/", &revision, 0, -1, tell, &told), -ESTALE);
 }
 
+static void changes_that_the_service_has_forgotten_are_stale(void **state)
+{
+    struct told told = {0};
+    if (!backend->forget) {
+        print_message("SKIP %s is not told to forget changes\n", backend->name);
+        skip();
+    }
+    uint64_t revision = now_revision(a);
+    put(a, "t/1", "1");
+    put(a, "t/1", "2");
+    assert_int_equal(backend->forget(now_revision(a)), 0);
+    assert_int_equal(b->ops->wait(b, "t/", &revision, 5000, -1, tell, &told), -ESTALE);
+    assert_int_equal(told.count, 0);
+    expect_list(b, "t/", "t/1=2 ");
+}
+
 /* ---- leases ---- */
 
 static void leased_keys_go_when_the_lease_ends(void **state)
@@ -637,6 +653,7 @@ int main(int argc, char **argv)
         STORY(a_callback_ends_the_list_and_the_wait),
         STORY(a_reader_that_fell_behind_lists_again),
         STORY(a_revision_that_never_was_is_stale),
+        STORY(changes_that_the_service_has_forgotten_are_stale),
         STORY(leased_keys_go_when_the_lease_ends),
         STORY(a_renewed_lease_lives_on),
         STORY(a_key_belongs_to_the_lease_that_wrote_it_last),
