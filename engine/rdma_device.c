@@ -30,19 +30,12 @@ static int device_open(struct ibv_context *verbs, struct rdma_device **out)
     int r = -ibv_query_device(verbs, &device->limits);
     if (r < 0)
         goto free_device;
-    device->pd = ibv_alloc_pd(verbs);
-    if (!device->pd) {
-        r = errno ? -errno : -ENOMEM;
-        goto free_device;
-    }
     r = work_open(DEVICE_THREADS, &device->work);
     if (r < 0)
-        goto free_domain;
+        goto free_device;
     *out = device;
     return 0;
 
-free_domain:
-    ibv_dealloc_pd(device->pd);
 free_device:
     free(device);
     return r;
@@ -83,6 +76,29 @@ size_t rdma_devices(struct transport_adapter *out, size_t room)
     return count;
 }
 
+int rdma_domain_open(struct rdma_device *device, struct rdma_domain **out)
+{
+    struct rdma_domain *domain = malloc(sizeof(*domain));
+    if (!domain)
+        return -ENOMEM;
+    *domain = (struct rdma_domain){.device = device, .pd = ibv_alloc_pd(device->verbs), .users = 1};
+    if (!domain->pd) {
+        int r = errno ? -errno : -ENOMEM;
+        free(domain);
+        return r;
+    }
+    *out = domain;
+    return 0;
+}
+
+void rdma_domain_leave(struct rdma_domain *domain)
+{
+    if (atomic_fetch_sub(&domain->users, 1) > 1)
+        return;
+    ibv_dealloc_pd(domain->pd);
+    free(domain);
+}
+
 static void registering_failed(struct rdma_device *device, size_t length, int error)
 {
     static atomic_bool said;
@@ -101,27 +117,41 @@ static void registering_failed(struct rdma_device *device, size_t length, int er
         log_error("%s: %zu bytes cannot be registered for RDMA: %s", name, length, strerror(error));
 }
 
-int rdma_memory_register(struct rdma_device *device, void *address, size_t length, int access,
-                         struct ibv_mr **region)
+int rdma_memory_register(struct rdma_domain *domain, void *address, size_t length, int access,
+                         struct rdma_memory *memory)
 {
-    *region = ibv_reg_mr(device->pd, address, length, access);
-    if (*region)
+    struct ibv_mr *region = ibv_reg_mr(domain->pd, address, length, access);
+    if (!region) {
+        int error = errno ? errno : ENOMEM;
+        registering_failed(domain->device, length, error);
+        return -error;
+    }
+    atomic_fetch_add(&domain->users, 1);
+    *memory = (struct rdma_memory){.region = region, .domain = domain};
+    return 0;
+}
+
+int rdma_memory_deregister(struct rdma_memory *memory)
+{
+    if (!memory->region)
         return 0;
-    int error = errno ? errno : ENOMEM;
-    registering_failed(device, length, error);
-    return -error;
+    int error = ibv_dereg_mr(memory->region);
+    if (error)
+        return -error;
+    rdma_domain_leave(memory->domain);
+    *memory = (struct rdma_memory){.region = NULL};
+    return 0;
 }
 
 struct retirement {
     struct work_job job;
-    struct ibv_mr *region;
+    struct rdma_memory memory;
     struct extents *lent;
 };
 
-static void retire(struct ibv_mr *region, struct extents *lent)
+static void retire(struct rdma_memory memory, struct extents *lent)
 {
-    if (region)
-        ibv_dereg_mr(region);
+    (void)rdma_memory_deregister(&memory);
     if (lent)
         extents_leave(lent);
 }
@@ -129,19 +159,19 @@ static void retire(struct ibv_mr *region, struct extents *lent)
 static void retire_run(struct work_job *job)
 {
     struct retirement *retirement = util_container(job, struct retirement, job);
-    retire(retirement->region, retirement->lent);
+    retire(retirement->memory, retirement->lent);
     free(retirement);
 }
 
-void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region, struct extents *lent)
+void rdma_memory_retire(struct rdma_memory memory, struct extents *lent)
 {
-    struct retirement *retirement = region ? malloc(sizeof(*retirement)) : NULL;
+    struct retirement *retirement = memory.region ? malloc(sizeof(*retirement)) : NULL;
     if (!retirement) {
-        retire(region, lent);
+        retire(memory, lent);
         return;
     }
-    *retirement = (struct retirement){.job.run = retire_run, .region = region, .lent = lent};
-    work_post(device->work, &retirement->job);
+    *retirement = (struct retirement){.job.run = retire_run, .memory = memory, .lent = lent};
+    work_post(memory.domain->device->work, &retirement->job);
 }
 
 static void register_run(struct work_job *job)
@@ -150,14 +180,16 @@ static void register_run(struct work_job *job)
     struct mailbox *mailbox = r->mailbox;
     // what lands may be written in any order: it is looked at when the READ is over
     r->error =
-        rdma_memory_register(r->device, r->address, r->length,
-                             IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING, &r->region);
+        rdma_memory_register(r->domain, r->address, r->length,
+                             IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_RELAXED_ORDERING, &r->memory);
+    rdma_domain_leave(r->domain);
     mailbox_post(mailbox, &r->item);
     mailbox_unref(mailbox);
 }
 
 void rdma_memory_register_later(struct rdma_registration *registration)
 {
+    atomic_fetch_add(&registration->domain->users, 1);
     registration->job.run = register_run;
-    work_post_urgent(registration->device->work, &registration->job);
+    work_post_urgent(registration->domain->device->work, &registration->job);
 }

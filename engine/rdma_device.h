@@ -1,5 +1,9 @@
-/* Rdma_device: a network adapter that does RDMA, as this process uses it: one protection domain that all lanes share,
- * and threads that register memory, for registering pins pages and a lane may not wait for that.
+/* Rdma_device: a network adapter that does RDMA, as this process uses it: its limits, and threads that register memory,
+ * for registering pins pages and a lane may not wait for that.
+ *
+ * Rdma_domain: a protection domain of a device: the keys of its memory open it to its own queue pairs alone. Each link
+ * has its own, so the key that one peer was granted is of no use to another. It lasts as long as somebody holds it or
+ * memory is registered in it.
  *
  * Devices live as long as the process, as they do inside librdmacm. Any thread. */
 #ifndef P2PFS_ENGINE_RDMA_DEVICE_H
@@ -16,7 +20,6 @@ struct extents;
 
 struct rdma_device {
     struct ibv_context *verbs;
-    struct ibv_pd *pd;
     struct ibv_device_attr limits;
     struct work *work;
     atomic_ullong received; /* bytes of shards that came by it */
@@ -32,22 +35,40 @@ int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device);
 struct transport_adapter;
 size_t rdma_devices(struct transport_adapter *out, size_t room);
 
+struct rdma_domain {
+    struct rdma_device *device;
+    struct ibv_pd *pd;
+    atomic_uint users;
+    struct rdma_domain *next; /* the first user's */
+};
+
+/* With one user, who leaves it in the end. 0, or negative errno. */
+int rdma_domain_open(struct rdma_device *device, struct rdma_domain **domain);
+void rdma_domain_leave(struct rdma_domain *domain); /* its queue pairs are gone before the last */
+
+struct rdma_memory {
+    struct ibv_mr *region; /* NULL: nothing */
+    struct rdma_domain *domain;
+};
+
 /* Registers memory at once. 0; -ENOMEM with one line in the log that names the remedy, when it is the limit of locked
  * memory; another negative errno. */
-int rdma_memory_register(struct rdma_device *device, void *address, size_t length, int access,
-                         struct ibv_mr **region);
-/* Deregisters on a thread of the device, later, and then leaves `lent`. Both may be NULL. */
-void rdma_memory_retire(struct rdma_device *device, struct ibv_mr *region, struct extents *lent);
+int rdma_memory_register(struct rdma_domain *domain, void *address, size_t length, int access,
+                         struct rdma_memory *memory);
+/* At once: 0 and it is nothing then, or negative errno and it stays. */
+int rdma_memory_deregister(struct rdma_memory *memory);
+/* Deregisters on a thread of the device, later, and then leaves `lent`, which may be NULL. */
+void rdma_memory_retire(struct rdma_memory memory, struct extents *lent);
 
 /* Registers for local writing on a thread of the device; `item` is then posted to the mailbox. Owned by the caller
- * until then, but for the region, which whoever runs the item takes. */
+ * until then, but for the memory, which whoever runs the item takes. */
 struct rdma_registration {
-    struct mailbox_item item; /* run: set by the caller */
-    struct mailbox *mailbox;  /* a reference, dropped when it has been posted */
-    struct rdma_device *device;
+    struct mailbox_item item;   /* run: set by the caller */
+    struct mailbox *mailbox;    /* a reference, dropped when it has been posted */
+    struct rdma_domain *domain; /* a user until then */
     void *address;
     size_t length;
-    struct ibv_mr *region; /* NULL: `error` tells */
+    struct rdma_memory memory; /* nothing: `error` tells */
     int error;
     struct work_job job; /* the device's */
 };

@@ -34,7 +34,7 @@ static int receive_post(struct rdma_link *link, unsigned slot)
 {
     struct ibv_sge piece = {.addr = (uintptr_t)slot_receive(link, slot),
                             .length = RDMA_FRAME_BYTES,
-                            .lkey = link->frames_region->lkey};
+                            .lkey = link->frames_memory.region->lkey};
     struct ibv_recv_wr request = {
         .wr_id = RDMA_WORK_RECEIVE * 256 + slot, .sg_list = &piece, .num_sge = 1};
     struct ibv_recv_wr *bad;
@@ -53,8 +53,8 @@ int rdma_link_pair(struct rdma_link *link)
         link->frames = NULL;
         return -ENOMEM;
     }
-    r = rdma_memory_register(rail->device, link->frames, bytes, IBV_ACCESS_LOCAL_WRITE,
-                             &link->frames_region);
+    r = rdma_memory_register(rail->domain, link->frames, bytes, IBV_ACCESS_LOCAL_WRITE,
+                             &link->frames_memory);
     if (r < 0)
         return r;
     for (unsigned i = 0; i < RDMA_FRAMES; i++) {
@@ -76,14 +76,17 @@ void rdma_link_unpair(struct rdma_link *link)
 
 void rdma_link_forget(struct rdma_link *link)
 {
-    if (link->frames_region)
-        ibv_dereg_mr(link->frames_region);
+    (void)rdma_memory_deregister(&link->frames_memory);
+    while (link->domains) {
+        struct rdma_domain *domain = link->domains;
+        LL_DELETE(link->domains, domain);
+        rdma_domain_leave(domain);
+    }
     if (link->frames)
         munmap(link->frames, 2ull * RDMA_FRAMES * RDMA_FRAME_BYTES);
     queue_free(&link->queue);
     free(link->assembly);
     link->frames = link->assembly = NULL;
-    link->frames_region = NULL;
 }
 
 // -- Completions ----------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ static void frame_send(struct rdma_link *link, enum frame_kind kind, bool more, 
         memcpy(frame + RDMA_HEAD_BYTES, bytes, length);
     struct ibv_sge piece = {.addr = (uintptr_t)frame,
                             .length = (uint32_t)(RDMA_HEAD_BYTES + length),
-                            .lkey = link->frames_region->lkey};
+                            .lkey = link->frames_memory.region->lkey};
     struct ibv_send_wr request = {.wr_id = RDMA_WORK_SEND * 256 + slot,
                                   .sg_list = &piece,
                                   .num_sge = 1,

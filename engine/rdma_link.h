@@ -14,8 +14,9 @@
  *
  * Each completion queue has room for everything that its link can have posted: it cannot overflow.
  *
- * A holder registers exactly what it exposes, for remote reading alone, and deregisters it in unexpose: the device then
- * refuses a READ that comes too late, which breaks the connection. A puller's memory is registered for local writing by
+ * A holder registers exactly what it exposes, for remote reading alone and in a protection domain of the link, so that its
+ * keys are of no use on another, and deregisters it in unexpose: the device then refuses a READ that comes too late,
+ * which breaks the connection. A puller's memory is registered for local writing by
  * a thread of the device while other shards are on their way.
  *
  * States of a link, all under the loop's thread:
@@ -55,7 +56,7 @@ enum rdma_state { RDMA_RESOLVING, RDMA_CONNECTING, RDMA_ACCEPTING, RDMA_OPEN, RD
 
 struct rdma_exposure {
     uint32_t id;
-    struct ibv_mr *regions[RDMA_RAILS];
+    struct rdma_memory memory[RDMA_RAILS];
     void *map; /* made for it, NULL: the caller's */
     size_t map_length;
     struct rdma_exposure *next;
@@ -70,7 +71,7 @@ struct rdma_pull {
     bool urgent;
     bool over; /* cancelled or failed: no more READs */
     int error;
-    struct ibv_mr *regions[RDMA_RAILS]; /* NULL: not registered there yet */
+    struct rdma_memory memory[RDMA_RAILS]; /* nothing: not registered there yet */
     struct extents
         *lents[RDMA_RAILS]; /* entered, to be left when the region is deregistered; NULL: none */
     bool registering[RDMA_RAILS];
@@ -99,7 +100,8 @@ struct rdma_rail {
     bool told;                  /* that it was paused */
     unsigned source;            /* outgoing: which of the transport's */
     struct rdma_device *device;
-    struct rdma_cm_id *id; /* NULL: none */
+    struct rdma_domain *domain; /* the link's for this device */
+    struct rdma_cm_id *id;      /* NULL: none */
     struct ibv_cq *completions;
     uint64_t heard_ns; /* something completed */
     uint64_t since_ns; /* MAKING: began */
@@ -171,8 +173,10 @@ struct rdma_link {
     uint64_t spin_ns;                   /* how long polling on paid off lately */
     unsigned reads_count;               /* of all rails */
 
+    struct rdma_domain *domains; /* one for each device that a rail of it was made with */
+
     uint8_t *frames; /* RDMA_FRAMES to receive into, then RDMA_FRAMES to send from */
-    struct ibv_mr *frames_region;
+    struct rdma_memory frames_memory;
 
     struct queue queue; /* messages: length u32, bytes */
     size_t sent_of;     /* of the queue's first message, bytes that have left */

@@ -163,6 +163,19 @@ static unsigned at_most(unsigned wanted, int limit)
     return limit > 0 && (unsigned)limit < wanted ? (unsigned)limit : wanted;
 }
 
+/* The link's protection domain for a device. It stays while the link does: what was exposed to the peer can be read by a
+ * rail that is made anew. */
+static int domain_get(struct rdma_link *link, struct rdma_device *device, struct rdma_domain **out)
+{
+    LL_SEARCH_SCALAR(link->domains, *out, device, device);
+    if (*out)
+        return 0;
+    int r = rdma_domain_open(device, out);
+    if (r == 0)
+        LL_PREPEND(link->domains, *out);
+    return r;
+}
+
 int rdma_rail_pair(struct rdma_rail *rail, unsigned messages)
 {
     struct rdma_completions *completions;
@@ -171,6 +184,9 @@ int rdma_rail_pair(struct rdma_rail *rail, unsigned messages)
     if (r < 0)
         return r;
     struct rdma_device *device = rail->device = completions->device;
+    r = domain_get(rail->link, device, &rail->domain);
+    if (r < 0)
+        return r;
     const struct ibv_device_attr *limits = &device->limits;
     rail->reads_limit = at_most(RDMA_READS, limits->max_qp_init_rd_atom);
     rail->reads_window = at_most(RDMA_READS_FIRST, (int)rail->reads_limit);
@@ -189,7 +205,7 @@ int rdma_rail_pair(struct rdma_rail *rail, unsigned messages)
     if (!rail->completions)
         return errno ? -errno : -ENOMEM;
     wanted.send_cq = wanted.recv_cq = rail->completions;
-    if (rdma_create_qp(rail->id, device->pd, &wanted) < 0)
+    if (rdma_create_qp(rail->id, rail->domain->pd, &wanted) < 0)
         return -errno;
     return -ibv_req_notify_cq(rail->completions, 0);
 }

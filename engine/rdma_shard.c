@@ -30,8 +30,7 @@ static struct rdma_exposure *exposure_find(struct rdma_link *link, uint32_t id)
 static void exposure_end(struct rdma_exposure *e)
 {
     for (unsigned i = 0; i < RDMA_RAILS; i++)
-        if (e->regions[i])
-            ibv_dereg_mr(e->regions[i]);
+        (void)rdma_memory_deregister(&e->memory[i]);
     if (e->map)
         munmap(e->map, e->map_length);
     free(e);
@@ -66,8 +65,8 @@ static int exposure_register(struct rdma_link *link, struct rdma_exposure *e, vo
     for (unsigned i = 0; i < RDMA_RAILS; i++) {
         if (link->rails[i].state != RDMA_RAIL_OPEN)
             continue;
-        int r = rdma_memory_register(link->rails[i].device, at, length, IBV_ACCESS_REMOTE_READ,
-                                     &e->regions[i]);
+        int r = rdma_memory_register(link->rails[i].domain, at, length, IBV_ACCESS_REMOTE_READ,
+                                     &e->memory[i]);
         first = i == 0 ? r : first;
     }
     return first;
@@ -101,7 +100,7 @@ int rdma_link_expose(struct link *base, uint32_t id, const struct transport_regi
     buf_put_u64(&b, region->length);
     buf_put_u64(&b, (uintptr_t)at);
     for (unsigned i = 0; i < RDMA_RAILS; i++)
-        buf_put_u32(&b, e->regions[i] ? e->regions[i]->rkey : 0);
+        buf_put_u32(&b, e->memory[i].region ? e->memory[i].region->rkey : 0);
     descriptor->length = (uint8_t)b.at;
     return 0;
 }
@@ -114,11 +113,9 @@ void rdma_link_unexpose(struct link *base, uint32_t id)
         return;
     LL_DELETE(link->exposures, e);
     for (unsigned i = 0; i < RDMA_RAILS; i++) {
-        int error = e->regions[i] ? ibv_dereg_mr(e->regions[i]) : 0;
-        if (error) // the fence that always holds; without a queue pair nothing can be read
-            rdma_link_break(link, -error, "memory cannot be taken back: %s", strerror(error));
-        else
-            e->regions[i] = NULL;
+        int r = rdma_memory_deregister(&e->memory[i]);
+        if (r < 0) // the fence that always holds: only the link's queue pairs could read it
+            rdma_link_break(link, r, "memory cannot be taken back: %s", strerror(-r));
     }
     exposure_end(e);
 }
@@ -134,7 +131,7 @@ static struct transport_fetch *pull_end(struct rdma_link *link, struct rdma_pull
         if (link->lost[i].pull == pull)
             link->lost[i] = link->lost[--link->lost_count];
     for (unsigned i = 0; i < RDMA_RAILS; i++)
-        rdma_memory_retire(link->rails[i].device, pull->regions[i], pull->lents[i]);
+        rdma_memory_retire(pull->memory[i], pull->lents[i]);
     free(pull);
     fetch->link = NULL;
     fetch->state = NULL;
@@ -163,10 +160,10 @@ static void pull_registered(struct mailbox_item *item, void *arg)
     if (pull) {
         pull->registering[mine->slot] = false;
         if (r->error == 0) {
-            pull->regions[mine->slot] = r->region;
+            pull->memory[mine->slot] = r->memory;
             pull->lents[mine->slot] = mine->lent;
         } else {
-            rdma_memory_retire(r->device, NULL, mine->lent);
+            rdma_memory_retire(r->memory, mine->lent);
         }
         if (r->error < 0 && link->rails[mine->slot].state == RDMA_RAIL_OPEN) {
             pull->error = r->error;
@@ -174,7 +171,7 @@ static void pull_registered(struct mailbox_item *item, void *arg)
         }
         rdma_link_mark(link);
     } else {
-        rdma_memory_retire(r->device, r->region, mine->lent);
+        rdma_memory_retire(r->memory, mine->lent);
     }
     free(mine);
 }
@@ -185,7 +182,7 @@ static int pull_register(struct rdma_pull *pull, const struct rdma_rail *rail)
     struct rdma_link *link = rail->link;
     struct rdma_transport *t = rdma_transport_of(link->base.transport);
     if (rail->state != RDMA_RAIL_OPEN || pull->rkeys[rail->slot] == 0 ||
-        pull->regions[rail->slot] || pull->registering[rail->slot] || pull->over)
+        pull->memory[rail->slot].region || pull->registering[rail->slot] || pull->over)
         return 0;
     struct pull_registration *mine = calloc(1, sizeof(*mine));
     if (!mine)
@@ -200,7 +197,7 @@ static int pull_register(struct rdma_pull *pull, const struct rdma_rail *rail)
     mine->slot = rail->slot;
     mine->registration = (struct rdma_registration){.item.run = pull_registered,
                                                     .mailbox = mailbox_ref(t->mailbox),
-                                                    .device = rail->device,
+                                                    .domain = rail->domain,
                                                     .address = pull->fetch->destination,
                                                     .length = pull->fetch->length};
     pull->registering[rail->slot] = true;
@@ -325,8 +322,8 @@ void rdma_shard_read_done(struct rdma_rail *rail, bool landed)
 /* May the rail read of it? Its registration may be with a device that was replaced meanwhile. */
 static bool pull_suits(const struct rdma_pull *pull, const struct rdma_rail *rail)
 {
-    const struct ibv_mr *region = pull->regions[rail->slot];
-    return region && region->pd == rail->device->pd && !pull->over;
+    const struct rdma_memory *memory = &pull->memory[rail->slot];
+    return memory->region && memory->domain == rail->domain && !pull->over;
 }
 
 static struct rdma_slice *lost_next(struct rdma_link *link, const struct rdma_rail *rail)
@@ -382,7 +379,7 @@ static int read_post(struct rdma_rail *rail, const struct rdma_slice *slice)
     struct rdma_pull *pull = slice->pull;
     struct ibv_sge piece = {.addr = (uintptr_t)pull->fetch->destination + slice->offset,
                             .length = slice->length,
-                            .lkey = pull->regions[rail->slot]->lkey};
+                            .lkey = pull->memory[rail->slot].region->lkey};
     struct ibv_send_wr request = {
         .wr_id = RDMA_WORK_READ * 256,
         .sg_list = &piece,

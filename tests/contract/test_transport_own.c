@@ -1,5 +1,5 @@
 /* What one transport promises by itself: TCP against peers that misbehave, mem with its faults. */
-#include "transport_story.h"
+#include "tests/contract/fence_story.h"
 
 // -- TCP: peers that misbehave ---------------------------------------------------------------------
 
@@ -342,53 +342,7 @@ static void mem_submit_fails(void **state)
     assert_int_equal(holder.messages, 0);
 }
 
-// -- RDMA: the fence --------------------------------------------------------------------------------
-
-static struct grant kept;
-
-static void keep_grant(struct side *side, const void *bytes, size_t length)
-{
-    assert_int_equal(length, sizeof(kept));
-    memcpy(&kept, bytes, sizeof(kept));
-}
-
-static bool grant_kept(void)
-{
-    return kept.kind == 'G';
-}
-
-static void rdma_what_was_taken_back_cannot_be_read(void **state)
-{
-    link_up();
-    kept.kind = 0;
-    puller.on_message = keep_grant;
-    offer(1, 0, 1u << 20, false);
-    assert_true(run_until(grant_kept, 5000));
-    ops->unexpose(holder.link, 1);
-    memset(landing, 0x55, 1u << 20);
-    take_grant(&puller, &kept, sizeof(kept));
-    assert_true(run_until(puller_down, 5000));
-    assert_int_equal(puller.status[1], -EIO);
-    assert_int_equal(puller.done[1], 1);
-    for (size_t i = 0; i < (1u << 20); i++)
-        assert_int_equal(landing[i], 0x55);
-}
-
-static void rdma_nothing_beside_the_shard_can_be_read(void **state)
-{
-    link_up();
-    kept.kind = 0;
-    puller.on_message = keep_grant;
-    offer(1, 8192, 4096, false);
-    assert_true(run_until(grant_kept, 5000));
-    kept.descriptor.bytes[21] += 1; // the lowest byte of its address: one byte further
-    memset(landing, 0x55, 1u << 20);
-    take_grant(&puller, &kept, sizeof(kept));
-    assert_true(run_until(puller_down, 5000));
-    assert_int_equal(puller.status[1], -EIO);
-    for (size_t i = 0; i < (1u << 20); i++)
-        assert_int_equal(landing[i], 0x55);
-}
+// -- RDMA: memory that will not do -------------------------------------------------------------------
 
 static void rdma_memory_that_cannot_be_written_fails_the_fetch_and_not_the_link(void **state)
 {
@@ -430,8 +384,7 @@ static const struct story stories[] = {
     STORY(mem_loss),
     STORY(mem_short_flipped_and_stalled),
     STORY(mem_submit_fails),
-    STORY(rdma_what_was_taken_back_cannot_be_read),
-    STORY(rdma_nothing_beside_the_shard_can_be_read),
+    FENCE_STORIES,
     STORY(rdma_memory_that_cannot_be_written_fails_the_fetch_and_not_the_link),
 };
 

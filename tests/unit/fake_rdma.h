@@ -61,7 +61,7 @@ static struct {
     enum rdma_cm_event_type event;      /* ... by this one, ... */
     int event_status;                   /* ... with this */
     bool other_preface;                 /* whoever connects or accepts is of another version */
-    int regions, queues, pairs, ids, channels, events; /* that exist */
+    int domains, regions, queues, pairs, ids, channels, events; /* that exist */
     uint32_t last_key;
     uint16_t last_port;
     struct fake_id *listeners;
@@ -109,6 +109,11 @@ static struct ibv_device fake_device = {.name = "fake0"};
 static struct ibv_context
     *fake_context; /* a new device for each story, for the transport keeps them */
 
+struct fake_domain {
+    struct ibv_pd pd;
+    int users; /* regions and queue pairs */
+};
+
 struct fake_region {
     struct ibv_mr mr;
     int access;
@@ -134,13 +139,31 @@ int ibv_query_device(struct ibv_context *context, struct ibv_device_attr *limits
 
 struct ibv_pd *ibv_alloc_pd(struct ibv_context *context)
 {
-    static struct ibv_pd pd;
-    return fake_fails(FAKE_ALLOC_PD) ? NULL : &pd;
+    struct fake_domain *domain = NULL;
+    pthread_mutex_lock(&fake.lock);
+    if (!fake_fails(FAKE_ALLOC_PD))
+        domain = fake_new(sizeof(*domain), &fake.domains);
+    pthread_mutex_unlock(&fake.lock);
+    return domain ? &domain->pd : NULL;
 }
 
+/* Whether a domain is in use decides when it can go: as much as a device would say, but louder. */
 int ibv_dealloc_pd(struct ibv_pd *pd)
 {
+    struct fake_domain *domain = util_container(pd, struct fake_domain, pd);
+    pthread_mutex_lock(&fake.lock);
+    if (domain->users > 0)
+        abort();
+    fake_delete(domain, &fake.domains);
+    pthread_mutex_unlock(&fake.lock);
     return 0;
+}
+
+static void fake_domain_use(struct ibv_pd *pd, int more)
+{
+    pthread_mutex_lock(&fake.lock);
+    util_container(pd, struct fake_domain, pd)->users += more;
+    pthread_mutex_unlock(&fake.lock);
 }
 
 struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *address, size_t length, uint64_t iova,
@@ -158,6 +181,7 @@ struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *address, size_t length,
             (struct ibv_mr){.pd = pd, .addr = address, .length = length, .lkey = ++fake.last_key};
         region->mr.rkey = region->mr.lkey;
         DL_APPEND(fake.registered, region);
+        fake_domain_use(pd, 1);
     }
     pthread_mutex_unlock(&fake.lock);
     return region ? &region->mr : NULL;
@@ -177,22 +201,24 @@ int ibv_dereg_mr(struct ibv_mr *mr)
     int error = fake_fails(FAKE_DEREGISTER) ? fake.error : 0;
     if (!error) {
         DL_DELETE(fake.registered, region);
+        fake_domain_use(mr->pd, -1);
         fake_delete(region, &fake.regions);
     }
     pthread_mutex_unlock(&fake.lock);
     return error;
 }
 
-/* Whether a key opens [address, address + length) for `access`. */
-static bool fake_allowed(uint32_t key, uint64_t address, uint64_t length, int access)
+/* Whether a key opens [address, address + length) for `access` to a queue pair. */
+static bool fake_allowed(const struct ibv_qp *qp, uint32_t key, uint64_t address, uint64_t length,
+                         int access)
 {
     struct fake_region *region;
     bool allowed = false;
     pthread_mutex_lock(&fake.lock);
     DL_FOREACH(fake.registered, region) {
         uint64_t begin = (uintptr_t)region->mr.addr;
-        allowed |= region->mr.lkey == key && region->access & access && address >= begin &&
-                   address + length <= begin + region->mr.length;
+        allowed |= region->mr.lkey == key && region->mr.pd == qp->pd && region->access & access &&
+                   address >= begin && address + length <= begin + region->mr.length;
     }
     pthread_mutex_unlock(&fake.lock);
     return allowed;
@@ -349,10 +375,10 @@ static enum ibv_wc_status fake_read(const struct fake_pair *pair, const struct i
 {
     if (!pair->peer || pair->peer->broken)
         return IBV_WC_RETRY_EXC_ERR;
-    if (!fake_allowed(wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, wr->sg_list->length,
-                      IBV_ACCESS_REMOTE_READ))
+    if (!fake_allowed(&pair->peer->qp, wr->wr.rdma.rkey, wr->wr.rdma.remote_addr,
+                      wr->sg_list->length, IBV_ACCESS_REMOTE_READ))
         return IBV_WC_REM_ACCESS_ERR;
-    if (!fake_allowed(wr->sg_list->lkey, wr->sg_list->addr, wr->sg_list->length,
+    if (!fake_allowed(&pair->qp, wr->sg_list->lkey, wr->sg_list->addr, wr->sg_list->length,
                       IBV_ACCESS_LOCAL_WRITE))
         return IBV_WC_LOC_PROT_ERR;
     memcpy((void *)wr->sg_list->addr, (void *)wr->wr.rdma.remote_addr, wr->sg_list->length);
@@ -576,6 +602,8 @@ int rdma_create_qp(struct rdma_cm_id *id, struct ibv_pd *pd, struct ibv_qp_init_
         return -1;
     struct fake_pair *pair = fake_new(sizeof(*pair), &fake.pairs);
     pair->qp.context = id->verbs;
+    pair->qp.pd = pd;
+    fake_domain_use(pd, 1);
     pair->qp.send_cq = attributes->send_cq;
     pair->qp.recv_cq = attributes->recv_cq;
     id->qp = &pair->qp;
@@ -587,6 +615,7 @@ void rdma_destroy_qp(struct rdma_cm_id *id)
     struct fake_pair *pair = fake_pair_of(id->qp);
     if (pair->peer)
         pair->peer->peer = NULL;
+    fake_domain_use(pair->qp.pd, -1);
     fake_delete(pair, &fake.pairs);
     id->qp = NULL;
 }
@@ -688,8 +717,8 @@ static void fake_reset(void)
 static bool fake_empty(void)
 {
     pthread_mutex_lock(&fake.lock);
-    bool empty =
-        !fake.regions && !fake.queues && !fake.pairs && !fake.ids && !fake.channels && !fake.events;
+    bool empty = !fake.domains && !fake.regions && !fake.queues && !fake.pairs && !fake.ids &&
+                 !fake.channels && !fake.events;
     pthread_mutex_unlock(&fake.lock);
     return empty;
 }

@@ -11,7 +11,7 @@ int main(void)
 #include "engine/rdma_link.h"
 #include "tests/unit/fake_rdma.h"
 
-#include "tests/contract/transport_story.h"
+#include "tests/contract/fence_story.h"
 
 #define SHARD (3u << 20)
 #define PULLS 4
@@ -31,8 +31,9 @@ static int end(void **state)
         usleep(1000); // memory is deregistered by threads
     if (!fake_empty())
         print_error(
-            "left behind: %d regions, %d queues, %d pairs, %d ids, %d channels, %d events\n",
-            fake.regions, fake.queues, fake.pairs, fake.ids, fake.channels, fake.events);
+            "left behind: %d domains, %d regions, %d queues, %d pairs, %d ids, %d channels, %d events\n",
+            fake.domains, fake.regions, fake.queues, fake.pairs, fake.ids, fake.channels,
+            fake.events);
     return fake_empty() ? 0 : -1;
 }
 
@@ -96,10 +97,10 @@ static void then_connects(void)
 
 static void rdma_what_cannot_be_made_ends_the_connection(void **state)
 {
-    static const enum fake_call calls[] = {
-        FAKE_QUERY_DEVICE, FAKE_ALLOC_PD,      FAKE_CREATE_CHANNEL,  FAKE_REGISTER,
-        FAKE_CREATE_CQ,    FAKE_CREATE_QP,     FAKE_POST_RECEIVE,    FAKE_NOTIFY,
-        FAKE_CREATE_ID,    FAKE_RESOLVE_ROUTE, FAKE_RESOLVE_ADDRESS, FAKE_CONNECT};
+    static const enum fake_call calls[] = {FAKE_QUERY_DEVICE,  FAKE_CREATE_CHANNEL,  FAKE_ALLOC_PD,
+                                           FAKE_REGISTER,      FAKE_CREATE_CQ,       FAKE_CREATE_QP,
+                                           FAKE_POST_RECEIVE,  FAKE_NOTIFY,          FAKE_CREATE_ID,
+                                           FAKE_RESOLVE_ROUTE, FAKE_RESOLVE_ADDRESS, FAKE_CONNECT};
     for (size_t i = 0; i < util_count(calls); i++) {
         fake_fail_at(calls[i], 0, ENOSPC);
         connect_fails(-ENOSPC);
@@ -325,35 +326,6 @@ static void rdma_a_cancelled_read_that_does_not_end_takes_the_link_along(void **
         assert_int_equal(puller.done[id], 1);
 }
 
-static struct grant kept;
-
-static void keep_grant(struct side *side, const void *bytes, size_t length)
-{
-    memcpy(&kept, bytes, sizeof kept);
-}
-
-static bool grant_kept(void)
-{
-    return kept.kind == 'G';
-}
-
-static void rdma_what_was_taken_back_cannot_be_read(void **state)
-{
-    link_up();
-    kept.kind = 0;
-    puller.on_message = keep_grant;
-    offer(1, 0, SHARD, false);
-    assert_true(run_until(grant_kept, SOON));
-    ops->unexpose(holder.link, 1);
-    memset(landing, 0x5a, SHARD);
-    take_grant(&puller, &kept, sizeof kept);
-    assert_true(run_until(both_down, SOON));
-    assert_int_equal(puller.done[1], 1);
-    assert_int_equal(puller.status[1], -EIO);
-    for (size_t at = 0; at < SHARD; at++)
-        assert_int_equal(landing[at], 0x5a);
-}
-
 static atomic_int released;
 
 static void on_released(void *arg)
@@ -430,7 +402,7 @@ static const struct story stories[] = {
     STORY(rdma_memory_that_cannot_be_offered_is_told_at_once),
     STORY(rdma_memory_that_cannot_be_taken_back_ends_the_link),
     STORY(rdma_a_cancelled_read_that_does_not_end_takes_the_link_along),
-    STORY(rdma_what_was_taken_back_cannot_be_read),
+    FENCE_STORIES,
     STORY(rdma_lent_memory_comes_back_behind_its_deregistration),
     STORY(rdma_lent_memory_that_was_taken_back_is_not_registered),
 };
