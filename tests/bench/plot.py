@@ -3,7 +3,7 @@
 import math
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 60, 120, 40, 50
+LEFT, RIGHT, TOP, BOTTOM = 60, 170, 40, 50
 COLOURS = {
     "p2pfs": "#0b6e4f",
     "chain": "#888888",
@@ -27,12 +27,18 @@ def _spread(wanted, gap=15):
     return placed
 
 
-def curve(rows, title):
-    """The last host's time over size / rate, by the number of hosts, one line for each method."""
-    series = {}
-    for row in rows:
-        if row["last"]:
-            series.setdefault(row["method"], []).append((row["nodes"], row["last"]))
+def curve(rows, size):
+    """The last host's time over size / rate, by the number of hosts, one line for each method. Whose file was not of
+    this size says so."""
+    rows = [row for row in rows if row["last"]]
+    series, names = {}, {}
+    for row in sorted(rows, key=lambda row: row["nodes"]):
+        method = row["method"]
+        series.setdefault(method, []).append((row["nodes"], row["last"]))
+        names[method] = NAMES.get(method, method)
+        if row["size"] != size:
+            names[method] += f" ({row['size'] >> 20} MiB)"
+    title = f"{size >> 20} MiB to N hosts at once, links of {rows[0]['rate']}"
     counts = sorted({n for points in series.values() for n, _ in points})
     top = max([2.0] + [last for points in series.values() for _, last in points])
     span = max(math.log2(counts[-1] / counts[0]), 1)
@@ -69,6 +75,6 @@ def curve(rows, title):
             f'<circle cx="{x_of(n):.1f}" cy="{y_of(last):.1f}" r="3" fill="{COLOURS[name]}"/>'
             for n, last in points
         )
-        out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, NAMES.get(name, name), "start",
+        out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, names[name], "start",
                           f' fill="{COLOURS[name]}"'))  # fmt: skip
     return "\n".join(out) + "\n</svg>\n"

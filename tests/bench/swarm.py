@@ -472,69 +472,82 @@ def run_once(kind, nodes, source, home, rate, congestion, prepare=None):
 # -- The case
 
 
-def _lines(results):
-    """The table: a line for each method and number of nodes."""
-    lines = [("nodes", "method", "first", "median", "last", "min .. max", "copies", "CPU s/GB", "")]
-    for row in results:
-        best = [
-            other["last"]
-            for other in results
-            if other["nodes"] == row["nodes"] and other["method"] in BITTORRENT and other["rounds"]
-        ]
-        note = row["note"]
-        if row["method"] == "p2pfs" and best and row["rounds"]:
-            note = f"{min(best) / row['last']:.2f} x as fast as BitTorrent. {note}"
-        figures = ["-"] * 6
-        if row["rounds"]:
-            lasts = [one["last"] for one in row["rounds"]]
-            figures = [f"{row[key]:.2f}" for key in ("first", "median", "last", "copies", "cpu")]
-            figures.insert(3, f"{min(lasts):.2f} .. {max(lasts):.2f}")
-        lines.append((str(row["nodes"]), row["method"], *figures, note))
-    return lines
+def _line(row, rows):
+    """A line of the table."""
+    best = [
+        other["last"]
+        for other in rows
+        if other["method"] in BITTORRENT and other["rounds"]
+        and all(other[key] == row[key] for key in ("nodes", "size", "rate"))
+    ]  # fmt: skip
+    note = row["note"]
+    figures = ["-"] * 6
+    if row["rounds"]:
+        lasts = [one["last"] for one in row["rounds"]]
+        figures = [f"{row[key]:.2f}" for key in ("first", "median", "last", "copies", "cpu")]
+        figures.insert(3, f"{min(lasts):.2f} .. {max(lasts):.2f}")
+        if row["others"] > OTHERS_MAX:
+            note += f"Busy: others took {row['others']:.1f} cores. "
+        if row["method"] == "p2pfs" and best:
+            note += f"{min(best) / row['last']:.2f} x as fast as BitTorrent."
+    head = (row["rate"], f"{row['size'] >> 20}", f"{row['nodes']}", row["method"])
+    return (*head, *figures, f"{len(row['rounds'])}", note)
 
 
-def text(results, rate):
+def text(rows):
     """The table as text. Times are in units of size / rate, copies are what the first host sent over size."""
-    lines = _lines(results)
+    lines = [("links", "MiB", "nodes", "method", "first", "median", "last", "min .. max", "copies", "CPU s/GB",
+              "rounds", "")]  # fmt: skip
+    lines += [_line(row, rows) for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    head = f"times over size / rate ({rate}); copies: sent by the first host\n"
+    commits = sorted({one["commit"] for row in rows for one in row["rounds"]})
+    head = f"times over size / rate of a link; copies: sent by the first host; commit {', '.join(commits)}\n"
     return head + "\n".join(
         "  ".join(
-            cell.ljust(widths[i]) if i in (1, 8) else cell.rjust(widths[i])
+            cell.ljust(widths[i]) if i in (0, 3, 11) else cell.rjust(widths[i])
             for i, cell in enumerate(line)
         ).rstrip()
         for line in lines
     )
 
 
-def run_all(options, source, home, program, prepare, say):
-    """Every method for every number of nodes, taking turns within a round; rows of medians."""
+def _row_of(rows, nodes, name, size, rate):
+    """The row of these, a new one where there is none."""
+    wanted = {"nodes": nodes, "method": name, "size": size, "rate": rate}
+    for row in rows:
+        if all(row[key] == value for key, value in wanted.items()):
+            return row
+    rows.append({**wanted, "rounds": [], "note": ""})
+    return rows[-1]
+
+
+def _medians(row):
+    for key in ("first", "median", "last", "copies", "cpu", "others"):
+        values = [one[key] for one in row["rounds"]]
+        row[key] = statistics.median(values) if values else None
+
+
+def run_all(options, source, home, program, prepare, say, commit, earlier):
+    """Every method for every number of nodes, taking turns within a round; rows of medians, with those of earlier
+    runs, whose rounds count too."""
     Chain.program = program("bench_chain")
-    rows = []
+    rows = list(earlier)
+    size = source.stat().st_size
     for nodes in options.nodes:
-        turns = {
-            name: {"nodes": nodes, "method": name, "rounds": [], "note": ""}
-            for name in options.methods
-        }
-        rows.extend(turns.values())
+        turns = {name: _row_of(rows, nodes, name, size, options.rate) for name in options.methods}
         for number in range(options.rounds):
             for name, row in turns.items():
                 say(f"swarm: {nodes} nodes, {name}, round {number + 1} ...")
                 try:
                     where = home / f"swarm-{nodes}-{name}-{number}"
-                    row["rounds"].append(
-                        run_once(METHODS[name], nodes, source, where, options.rate,
-                                 options.congestion, lambda: prepare(nodes))
-                    )  # fmt: skip
+                    found = run_once(METHODS[name], nodes, source, where, options.rate,
+                                     options.congestion, lambda: prepare(nodes))  # fmt: skip
+                    row["rounds"].append({**found, "commit": commit})
                 except Missing as error:
                     row["note"] = str(error)
                 except (Failed, AssertionError, OSError, subprocess.SubprocessError) as error:
                     row["note"] = "Some rounds failed. "
                     say(f"swarm: {nodes} nodes, {name}: {error}")
         for row in turns.values():
-            for key in ("first", "median", "last", "copies", "cpu", "others"):
-                values = [one[key] for one in row["rounds"]]
-                row[key] = statistics.median(values) if values else None
-            if (row["others"] or 0) > OTHERS_MAX:
-                row["note"] += f"Busy: others took {row['others']:.1f} cores."
-    return rows
+            _medians(row)
+    return sorted(rows, key=lambda row: (rate_bits(row["rate"]), row["nodes"], list(METHODS).index(row["method"])))

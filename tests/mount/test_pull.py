@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -279,16 +280,49 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
     assert copies < 3
 
 
-def test_a_reader_is_not_made_to_wait_for_the_whole_file(two):
-    """The last bytes come first when they are asked for first."""
-    size = 128 * MIB
-    write_file(two[0].path("f"), size)
-    path = appears(two[1], "f")
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_reader_waits_for_its_shard_only(cluster, begun):
+    """The last bytes come first when they are asked for first, and next when what lies in front is coming already."""
+    size = 128 * MIB  # shards of 1 MiB
+    one = cluster.node(max_upload="32M")
+    two = cluster.node()
+    write_file(one.path("f"), size)
+    path = appears(two, "f")
     with open(path, "rb", buffering=0) as source:
+        if begun:
+            source.read(1)
+        before = int(two.xattr("f", "resident"))
         assert len(os.pread(source.fileno(), 4096, size - 4096)) == 4096
-        resident = int(two[1].xattr("f", "resident"))
-    print(f"{resident / MIB:.0f} of {size / MIB:.0f} MiB were here when the last 4 KiB were read")
-    assert digest(path) == digest(two[0].path("f"))
+        landed = (int(two.xattr("f", "resident")) - before) // MIB
+    print(f"{landed} of {size // MIB} shards landed before the last 4 KiB were read")
+    assert 1 <= landed <= 32  # it, and what was on its way
+    one.cli("limit", "--upload=0", one.dir)
+    assert digest(path) == digest(one.path("f"))
+
+
+def test_many_pulls_leave_nothing_behind(two):
+    """Each is evicted behind; descriptors, threads and memory of both nodes are what they were after the first few."""
+    data = register(two[0], "f", 8 * MIB)
+    path = appears(two[1], "f")
+
+    def held(node):
+        proc = f"/proc/{node.pid}"
+        names = [Path(entry.path, "comm").read_text() for entry in os.scandir(f"{proc}/task")]
+        threads = [name for name in names if not name.startswith("fuse")]  # libfuse has some more when it is busy
+        return len(os.listdir(f"{proc}/fd")), len(threads), node.status()["cache_used"]
+
+    def evicted():
+        two[1].cli("evict", "f", check=False)
+        return two[1].xattr("f", "resident") == "0"
+
+    before = None
+    for number in range(24):
+        two[1].cli("pull", "f")
+        eventually(evicted, 20, "f is evicted")
+        if number == 3:
+            before = [held(node) for node in two]
+    eventually(lambda: [held(node) for node in two] == before, 20, f"nothing more than {before} is held")
+    assert path.read_bytes() == data
 
 
 # -- in place, digests, shards
