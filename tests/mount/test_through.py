@@ -373,6 +373,41 @@ def test_a_full_cache_stops_who_writes_through(cluster):
     assert "cache is full" in node.log
 
 
+def test_who_writes_through_gets_the_room_of_what_others_hold_too(cluster, tmp_path):
+    """And nothing of what only this node holds."""
+    a, b = cluster.node(cache_size="2G"), cluster.node()
+    if a.status()["io_path"] != "passthrough":
+        pytest.skip("no FUSE passthrough here")
+    a.path("own").write_bytes(own := pattern(64 * MIB, 22))
+    (tmp_path / "others").write_bytes(others := 10 * pattern(60 * MIB, 23))
+    b.path("others").symlink_to(tmp_path / "others")
+    eventually(a.path("others").exists, what="others on a")
+    run_p2pfs("pull", a.path("others"))
+    assert os.getxattr(a.path("others"), "user.p2pfs.state") == b"complete"
+    piece = pattern(64 * MIB, 24)
+    with open(a.path("new"), "wb", buffering=0) as file:
+        for _ in range(27):
+            assert file.write(piece) == len(piece)
+    assert creates(a) == 2
+    assert os.getxattr(a.path("others"), "user.p2pfs.resident") != str(len(others)).encode()
+    with open(a.path("new"), "rb", buffering=0) as file:
+        for _ in range(27):
+            assert file.read(len(piece)) == piece
+        assert not file.read(1)
+    assert read_all(a.path("own")) == own
+    assert b.path("own").read_bytes() == own
+    with open(a.path("others"), "rb", buffering=0) as file:
+        with pytest.raises(OSError) as caught:
+            os.pread(file.fileno(), MIB, 300 * MIB)
+        assert caught.value.errno == errno.ENOSPC
+        a.path("new").unlink()
+
+        def arrives():
+            return os.pread(file.fileno(), MIB, 300 * MIB) == others[300 * MIB : 301 * MIB]
+
+        eventually(arrives, what="what there is room for again")
+
+
 def test_it_can_be_turned_off(two):
     a, b = two
     b.env["P2PFS_NO_PASSTHROUGH"] = "1"
