@@ -33,6 +33,7 @@ bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *a
         DL_APPEND(slots->queue, peer);
     }
     slots->waiting_count++;
+    slots->urgent_count += ask->urgent;
     return true;
 }
 
@@ -48,6 +49,7 @@ static void waiting_leave(struct slots *slots, struct slots_ask *ask)
         DL_DELETE(slots->queue, peer);
     }
     slots->waiting_count--;
+    slots->urgent_count -= ask->urgent;
 }
 
 static bool goes_before(const struct slots_peer *a, const struct slots_peer *b)
@@ -70,8 +72,10 @@ static bool background_may(const struct slots *slots, uint64_t now_ns)
 struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
 {
     uint32_t room = slots->window.width;
-    if (slots->granted_count >= room + SPREAD_URGENT_EXTRA) {
-        return NULL;
+    bool background = slots->granted_count < room && background_may(slots, now_ns);
+    if (slots->granted_count >= room + SPREAD_URGENT_EXTRA ||
+        (!background && slots->urgent_count == 0)) {
+        return NULL; /* as most calls; the queue of a registrar is long */
     }
     uint32_t overdue = slots->overdue_count < SLOTS_OVERDUE_MAX ? SLOTS_OVERDUE_PEER : 1;
     struct slots_peer *urgent = NULL;
@@ -88,10 +92,7 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
             normal = peer;
         }
     }
-    if (!urgent && (slots->granted_count >= room || !background_may(slots, now_ns))) {
-        return NULL;
-    }
-    peer = urgent ? urgent : normal;
+    peer = urgent ? urgent : background ? normal : NULL;
     if (!peer) {
         return NULL;
     }

@@ -63,6 +63,7 @@ struct slots {
     uint32_t granted_count;
     uint32_t overdue_count;
     uint32_t waiting_count;
+    uint32_t urgent_count; /* of these */
     uint64_t turns;
     uint64_t usual_ns; /* from grant to done, smoothed; 0: not known yet */
 };

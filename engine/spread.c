@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define RARITIES               (SPREAD_RARITY_ANY + 1)
+#define SPREAD_FEW             64
 #define SPREAD_QUICK_NS        15000000ull  /* a window opens below, */
 #define SPREAD_SLOW_NS         120000000ull /* and closes above */
 #define SPREAD_HUNGRY_NS       60000000ull
@@ -16,18 +17,22 @@
 #define SPREAD_HEDGE_NS        300000000ull /* a shard is not late before */
 #define SPREAD_TRICKLE_NS      10000000000ull
 
-/* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. place: where a
- * shard stands in it. */
+/* What a HAVE looks at together lies together. */
+struct spread_entry {
+    uint32_t place; /* where it stands in the order */
+    uint16_t rarity;
+    uint16_t near;
+    uint8_t state;
+};
+
+/* order: the absent shards by rarity, those of rarity r at [first[r], first[r + 1]), then the others. */
 struct spread {
     uint32_t shards;
     uint32_t first[RARITIES + 1];
     uint32_t *order;
-    uint32_t *place;
-    uint16_t *rarity;
-    uint16_t *near;
+    struct spread_entry *entries;
     uint64_t *seen_ms; /* when a far neighbour had it first; 0: none has said so */
-    uint8_t *states;
-    uint64_t *absent; /* bitmap, little endian words */
+    uint64_t *absent;  /* bitmap, little endian words */
 };
 
 /* ---- the order ---- */
@@ -41,19 +46,15 @@ int spread_open(uint32_t shards, struct spread **spread)
     }
     s->shards = shards;
     s->order = calloc(room, sizeof *s->order);
-    s->place = calloc(room, sizeof *s->place);
-    s->rarity = calloc(room, sizeof *s->rarity);
-    s->near = calloc(room, sizeof *s->near);
+    s->entries = calloc(room, sizeof *s->entries);
     s->seen_ms = calloc(room, sizeof *s->seen_ms);
-    s->states = calloc(room, sizeof *s->states);
     s->absent = calloc(room / 64 + 1, sizeof *s->absent);
-    if (!s->order || !s->place || !s->rarity || !s->near || !s->seen_ms || !s->states ||
-        !s->absent) {
+    if (!s->order || !s->entries || !s->seen_ms || !s->absent) {
         spread_close(s);
         return -ENOMEM;
     }
     for (uint32_t k = 0; k < shards; k++) {
-        s->order[k] = s->place[k] = k;
+        s->order[k] = s->entries[k].place = k;
         s->absent[k / 64] |= htole64(1ull << (k % 64));
     }
     for (uint32_t r = 1; r <= RARITIES; r++) {
@@ -69,28 +70,26 @@ void spread_close(struct spread *s)
         return;
     }
     free(s->order);
-    free(s->place);
-    free(s->rarity);
-    free(s->near);
+    free(s->entries);
     free(s->seen_ms);
-    free(s->states);
     free(s->absent);
     free(s);
 }
 
 static uint32_t group_of(const struct spread *s, uint32_t shard)
 {
-    return s->rarity[shard] < SPREAD_RARITY_ANY ? s->rarity[shard] : SPREAD_RARITY_ANY;
+    return s->entries[shard].rarity < SPREAD_RARITY_ANY ? s->entries[shard].rarity
+                                                        : SPREAD_RARITY_ANY;
 }
 
 static void place_swap(struct spread *s, uint32_t shard, uint32_t place)
 {
     uint32_t other = s->order[place];
-    uint32_t from = s->place[shard];
+    uint32_t from = s->entries[shard].place;
     s->order[from] = other;
-    s->place[other] = from;
+    s->entries[other].place = from;
     s->order[place] = shard;
-    s->place[shard] = place;
+    s->entries[shard].place = place;
 }
 
 /* From one group to the next, by moving the border between them; group RARITIES is that of the others. */
@@ -110,12 +109,12 @@ static void group_down(struct spread *s, uint32_t shard, uint32_t from, uint32_t
 
 enum spread_shard_state spread_state(const struct spread *s, uint32_t shard)
 {
-    return (enum spread_shard_state)s->states[shard];
+    return (enum spread_shard_state)s->entries[shard].state;
 }
 
 static void absent_leave(struct spread *s, uint32_t shard)
 {
-    if (s->states[shard] == SPREAD_ABSENT) {
+    if (s->entries[shard].state == SPREAD_ABSENT) {
         group_up(s, shard, group_of(s, shard), RARITIES);
         s->absent[shard / 64] &= ~htole64(1ull << (shard % 64));
     }
@@ -124,19 +123,19 @@ static void absent_leave(struct spread *s, uint32_t shard)
 void spread_take(struct spread *s, uint32_t shard)
 {
     absent_leave(s, shard);
-    s->states[shard] = SPREAD_FILLING;
+    s->entries[shard].state = SPREAD_FILLING;
 }
 
 void spread_land(struct spread *s, uint32_t shard)
 {
     absent_leave(s, shard);
-    s->states[shard] = SPREAD_PRESENT;
+    s->entries[shard].state = SPREAD_PRESENT;
 }
 
 void spread_put(struct spread *s, uint32_t shard)
 {
-    if (s->states[shard] == SPREAD_FILLING) {
-        s->states[shard] = SPREAD_ABSENT;
+    if (s->entries[shard].state == SPREAD_FILLING) {
+        s->entries[shard].state = SPREAD_ABSENT;
         s->absent[shard / 64] |= htole64(1ull << (shard % 64));
         group_down(s, shard, RARITIES, group_of(s, shard));
     }
@@ -150,12 +149,12 @@ uint32_t spread_absent(const struct spread *s)
 void spread_more(struct spread *s, uint32_t shard, bool near, uint64_t now_ms)
 {
     uint32_t from = group_of(s, shard);
-    s->rarity[shard]++;
+    s->entries[shard].rarity++;
     if (!near && !s->seen_ms[shard]) {
         s->seen_ms[shard] = now_ms;
     }
-    s->near[shard] = (uint16_t)(s->near[shard] + near);
-    if (s->states[shard] == SPREAD_ABSENT) {
+    s->entries[shard].near = (uint16_t)(s->entries[shard].near + near);
+    if (s->entries[shard].state == SPREAD_ABSENT) {
         group_up(s, shard, from, group_of(s, shard));
     }
 }
@@ -163,9 +162,9 @@ void spread_more(struct spread *s, uint32_t shard, bool near, uint64_t now_ms)
 void spread_less(struct spread *s, uint32_t shard, bool near)
 {
     uint32_t from = group_of(s, shard);
-    s->rarity[shard]--;
-    s->near[shard] = (uint16_t)(s->near[shard] - near);
-    if (s->states[shard] == SPREAD_ABSENT) {
+    s->entries[shard].rarity--;
+    s->entries[shard].near = (uint16_t)(s->entries[shard].near - near);
+    if (s->entries[shard].state == SPREAD_ABSENT) {
         group_down(s, shard, from, group_of(s, shard));
     }
 }
@@ -179,12 +178,12 @@ static bool source_has(const uint8_t *bitmap, uint32_t shard)
 
 static bool may_take(const struct spread *s, const uint8_t *bitmap, uint32_t shard)
 {
-    return s->states[shard] == SPREAD_ABSENT && source_has(bitmap, shard);
+    return s->entries[shard].state == SPREAD_ABSENT && source_has(bitmap, shard);
 }
 
 static bool may_spare(const struct spread *s, const struct spread_offer *offer, uint32_t shard)
 {
-    return source_has(offer->bitmap, shard) && !(offer->far && s->near[shard]);
+    return source_has(offer->bitmap, shard) && !(offer->far && s->entries[shard].near);
 }
 
 static uint64_t mix(uint64_t x) /* the finalizer of splitmix64, by Sebastiano Vigna */
@@ -229,7 +228,7 @@ static uint32_t ahead_next(const struct spread *s, uint32_t cursor,
         return SPREAD_NONE;
     }
     for (uint32_t k = cursor; k < s->shards && k - cursor <= SPREAD_AHEAD; k++) {
-        if (s->states[k] == SPREAD_ABSENT && group_of(s, k) <= offer->rarity_most &&
+        if (s->entries[k].state == SPREAD_ABSENT && group_of(s, k) <= offer->rarity_most &&
             may_spare(s, offer, k)) {
             return k;
         }
@@ -257,7 +256,8 @@ static uint32_t rarest_of_few(const struct spread *s, const struct spread_offer 
         for (uint64_t bits = wanted_word(s, offer->bitmap, word); bits; bits &= bits - 1) {
             uint32_t k = word * 64 + (uint32_t)__builtin_ctzll(bits);
             uint32_t group = group_of(s, k);
-            if (group > best_group || (offer->far && (s->near[k] || !rack_may(s, offer, k)))) {
+            if (group > best_group ||
+                (offer->far && (s->entries[k].near || !rack_may(s, offer, k)))) {
                 continue;
             }
             alike = group < best_group ? 1 : alike + 1;
@@ -293,14 +293,14 @@ static uint32_t rarest_of_many(const struct spread *s, const struct spread_offer
 static uint32_t rarest_next(const struct spread *s, const struct spread_offer *offer,
                             uint64_t random)
 {
-    uint32_t wanted = 0;
-    for (uint32_t word = 0; word < (s->shards + 63) / 64; word++) {
+    uint32_t wanted = 0; /* or so many that more make no difference */
+    for (uint32_t word = 0; wanted < SPREAD_FEW && word < (s->shards + 63) / 64; word++) {
         wanted += (uint32_t)__builtin_popcountll(wanted_word(s, offer->bitmap, word));
     }
     if (wanted == 0) {
         return SPREAD_NONE;
     }
-    bool few = wanted < 64 && wanted * 4 < spread_absent(s);
+    bool few = wanted < SPREAD_FEW && wanted * 4 < spread_absent(s);
     return few || (offer->far && offer->rack) ? rarest_of_few(s, offer, random)
                                               : rarest_of_many(s, offer, random);
 }
