@@ -1,5 +1,6 @@
 /* One shard asked of one source: after engine/fill.c and the beginning of engine/source.c. */
 #include <stdlib.h>
+#include <string.h>
 #include <utlist.h>
 
 #include "tests/sim/sim.h"
@@ -7,6 +8,7 @@
 #define SOURCE_AGAIN_FIRST_MS 100
 #define SOURCE_AGAIN_LAST_MS  30000
 #define FILL_MOVE_NS          100000000ull
+#define MOVE_MAX              (SPREAD_NEIGHBOURS * SIM_LANE_CEILING)
 #define FILL_STALL_NS         1500000000ull
 #define FILL_LEFT_NS          5000000000ull
 #define FILL_AGAIN_NS         4000000000ull
@@ -20,10 +22,23 @@ static struct sim_neighbour *neighbour_of(const struct sim_conn *source)
     return &source->puller->known[source->known];
 }
 
+struct sim_source *source_of(const struct sim_conn *source)
+{
+    return &source->puller->sources[source->at];
+}
+
 bool source_usable(const struct sim *sim, const struct sim_conn *source)
 {
-    return source->attached && sim->now_ns >= source->busy_until_ns &&
-           sim->now_ns >= neighbour_of(source)->quarantined_ns;
+    return sim->now_ns >= source_of(source)->usable_ns;
+}
+
+void source_usable_set(struct sim_conn *source)
+{
+    uint64_t quarantined = neighbour_of(source)->quarantined_ns;
+    uint64_t busy = source->busy_until_ns;
+    source_of(source)->usable_ns = !source->attached    ? UINT64_MAX
+                                   : busy > quarantined ? busy
+                                                        : quarantined;
 }
 
 bool source_has(const struct sim_conn *source, uint32_t shard)
@@ -31,11 +46,17 @@ bool source_has(const struct sim_conn *source, uint32_t shard)
     return source->bitmap[shard / 8] >> (shard % 8) & 1;
 }
 
+static void source_leave(struct sim_conn *source, uint64_t until_ns)
+{
+    source->busy_until_ns = until_ns;
+    source_usable_set(source);
+}
+
 static void source_blame(struct sim *sim, struct sim_conn *source)
 {
     uint32_t ms = spread_backoff_ms(++source->failures, SOURCE_AGAIN_FIRST_MS, SOURCE_AGAIN_LAST_MS,
                                     sim_random(sim));
-    source->busy_until_ns = sim->now_ns + ms * SIM_MS;
+    source_leave(source, sim->now_ns + ms * SIM_MS);
 }
 
 static void source_strike(struct sim *sim, struct sim_conn *source)
@@ -44,9 +65,16 @@ static void source_strike(struct sim *sim, struct sim_conn *source)
     uint32_t ms = spread_backoff_ms(++neighbour->strikes, QUARANTINE_FIRST_MS, QUARANTINE_LAST_MS,
                                     sim_random(sim));
     neighbour->quarantined_ns = sim->now_ns + ms * SIM_MS;
+    source_usable_set(source);
 }
 
 /* ---- begin and end ---- */
+
+static void shard_put(struct sim_node *node, uint32_t shard)
+{
+    spread_put(node->spread, shard);
+    node->dry = 0;
+}
 
 static void fill_ask_as(struct sim *sim, struct sim_conn *source, uint32_t shard,
                         struct sim_fill *twin)
@@ -59,8 +87,9 @@ static void fill_ask_as(struct sim *sim, struct sim_conn *source, uint32_t shard
         twin->twin = fill;
     }
     DL_APPEND(source->puller->fills, fill);
-    source->inflight++;
-    source->waiting++;
+    DL_APPEND2(source->puller->waiting, fill, wait_prev, wait_next);
+    source_of(source)->inflight++;
+    source_of(source)->waiting++;
     sim_send(sim, source->holder, SIM_ASK, fill, fill->generation);
 }
 
@@ -69,15 +98,24 @@ void fill_ask(struct sim *sim, struct sim_conn *source, uint32_t shard)
     fill_ask_as(sim, source, shard, NULL);
 }
 
+static void waiting_leave(struct sim_fill *fill)
+{
+    DL_DELETE2(fill->conn->puller->waiting, fill, wait_prev, wait_next);
+    source_of(fill->conn)->waiting--;
+}
+
 /* The puller has done with it. */
 static void fill_free(struct sim *sim, struct sim_fill *fill)
 {
     struct sim_conn *source = fill->conn;
     struct sim_node *node = source->puller;
     DL_DELETE(node->fills, fill);
-    source->inflight--;
-    source->waiting -= fill->granted_ns == 0;
-    node->fetching -= fill->granted_ns != 0;
+    source_of(source)->inflight--;
+    if (fill->granted_ns) {
+        node->fetching--;
+    } else {
+        waiting_leave(fill);
+    }
     if (fill->twin) {
         fill->twin->twin = NULL;
         fill->twin = NULL;
@@ -105,7 +143,7 @@ void fill_cancel_all(struct sim *sim, struct sim_conn *source)
             continue;
         }
         if (!fill->twin) {
-            spread_put(node->spread, fill->shard);
+            shard_put(node, fill->shard);
         }
         fill_cancel(sim, fill);
     }
@@ -125,7 +163,7 @@ void fill_granted(struct sim *sim, struct sim_fill *fill)
         return;
     }
     fill->granted_ns = sim->now_ns;
-    fill->conn->waiting--;
+    waiting_leave(fill);
     fill->conn->puller->fetching++;
 }
 
@@ -138,7 +176,7 @@ void fill_busy(struct sim *sim, struct sim_fill *fill)
     }
     uint64_t until = sim->now_ns + fill->retry_ms * SIM_MS;
     if (!source->complete) {
-        source->busy_until_ns = until;
+        source_leave(source, until);
     } else {
         source->bitmap[fill->shard / 8] &= (uint8_t)~(1u << (fill->shard % 8));
         if (!source->refill_ns || until < source->refill_ns) {
@@ -150,7 +188,7 @@ void fill_busy(struct sim *sim, struct sim_fill *fill)
         }
     }
     if (!fill->twin) {
-        spread_put(node->spread, fill->shard);
+        shard_put(node, fill->shard);
     }
     fill_free(sim, fill);
     puller_pump(sim, node);
@@ -164,9 +202,9 @@ void fill_gone(struct sim *sim, struct sim_fill *fill)
         return;
     }
     sim->counters.gone++;
-    source->busy_until_ns = sim->now_ns + SOURCE_AGAIN_FIRST_MS * SIM_MS;
+    source_leave(source, sim->now_ns + SOURCE_AGAIN_FIRST_MS * SIM_MS);
     if (!fill->twin) {
-        spread_put(node->spread, fill->shard);
+        shard_put(node, fill->shard);
     }
     fill_free(sim, fill);
     puller_pump(sim, node);
@@ -202,7 +240,7 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
         sim->counters.corrupt++;
         source_strike(sim, source);
         if (!fill->twin) {
-            spread_put(node->spread, shard);
+            shard_put(node, shard);
         }
     } else {
         uint64_t took = sim->now_ns - fill->granted_ns;
@@ -231,23 +269,35 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
 
 /* ---- elsewhere ---- */
 
-bool fill_move(struct sim *sim, struct sim_conn *source)
+void fill_move(struct sim *sim, struct sim_node *node, uint32_t among)
 {
-    struct sim_fill *fill;
-    DL_FOREACH(source->puller->fills, fill) {
-        uint32_t shard = fill->shard;
-        if (sim->now_ns - fill->asked_ns < FILL_MOVE_NS) {
-            break; /* they are in the order of asking */
+    struct sim_fill *late[MOVE_MAX];
+    struct sim_fill *fill = node->waiting;
+    uint32_t count = 0;
+    for (; fill && sim->now_ns - fill->asked_ns >= FILL_MOVE_NS; fill = fill->wait_next) {
+        if (count == MOVE_MAX) {
+            abort();
         }
-        if (fill->granted_ns || fill->twin || fill->conn == source || !source_has(source, shard)) {
+        late[count] = fill; /* they are in the order of asking */
+        count += !fill->twin;
+    }
+    for (; count && among; among &= among - 1) {
+        struct sim_source *source = &node->sources[__builtin_ctz(among)];
+        struct sim_conn *conn = node->conns[source - node->sources];
+        if (source->inflight > 0 || source->far) {
             continue;
         }
-        sim->counters.moved++;
-        fill_cancel(sim, fill);
-        fill_ask(sim, source, shard);
-        return true;
+        for (uint32_t i = 0; i < count; i++) {
+            uint32_t shard = late[i]->shard;
+            if (source_has(conn, shard)) {
+                sim->counters.moved++;
+                fill_cancel(sim, late[i]);
+                fill_ask(sim, conn, shard);
+                memmove(&late[i], &late[i + 1], (--count - i) * sizeof(struct sim_fill *));
+                break;
+            }
+        }
     }
-    return false;
 }
 
 /* The idlest other source that has the shard. */
@@ -256,9 +306,9 @@ static struct sim_conn *source_other(const struct sim *sim, const struct sim_fil
     struct sim_node *node = fill->conn->puller;
     struct sim_conn *best = NULL;
     for (uint32_t i = 0; i < node->source_count; i++) {
-        struct sim_conn *source = node->sources[i];
+        struct sim_conn *source = node->conns[i];
         if (source != fill->conn && source_usable(sim, source) && source_has(source, fill->shard) &&
-            (!best || source->inflight < best->inflight)) {
+            (!best || source_of(source)->inflight < source_of(best)->inflight)) {
             best = source;
         }
     }
@@ -286,10 +336,10 @@ static bool fill_stalled(struct sim *sim, struct sim_fill *fill)
     sim->counters.stalled++;
     source_blame(sim, source);
     if (other) {
-        source->busy_until_ns = sim->now_ns + FILL_LEFT_NS * source->failures;
+        source_leave(source, sim->now_ns + FILL_LEFT_NS * source->failures);
     }
     if (!fill->twin) {
-        spread_put(source->puller->spread, fill->shard);
+        shard_put(source->puller, fill->shard);
     }
     fill_cancel(sim, fill);
     return true;
@@ -304,7 +354,7 @@ static void fill_hedge(struct sim *sim, struct sim_fill *fill)
         return;
     }
     struct sim_conn *other = source_other(sim, fill);
-    if (other && other->inflight == 0) {
+    if (other && source_of(other)->inflight == 0) {
         node->hedges++;
         sim->counters.hedged++;
         fill_ask_as(sim, other, fill->shard, fill);

@@ -8,6 +8,7 @@
 #define GRANT_ADVICE    4
 #define FOLLOW_REFER_MS 1000
 #define SERVE_BUSY_MS   20
+#define NEWS_AHEAD      8
 
 static uint64_t ms_of(const struct sim *sim)
 {
@@ -221,9 +222,20 @@ void holder_detach(struct sim *sim, struct sim_conn *conn)
 
 void holder_news(struct sim *sim, struct sim_node *node, uint32_t shard)
 {
-    sim->counters.messages += node->follower_count;
-    for (uint32_t i = 0; i < node->follower_count; i++) {
-        puller_heard(sim, node->followers[i], shard);
+    struct sim_conn **followers = node->followers;
+    uint32_t count = node->follower_count;
+    sim->counters.messages += count;
+    /* Most of the time of a large swarm would go into waiting for memory here. */
+    for (uint32_t i = 0; i < count + NEWS_AHEAD; i++) {
+        if (i < count) {
+            __builtin_prefetch(followers[i]);
+        }
+        if (i >= NEWS_AHEAD / 2 && i - NEWS_AHEAD / 2 < count) {
+            puller_heard_soon(followers[i - NEWS_AHEAD / 2], shard);
+        }
+        if (i >= NEWS_AHEAD) {
+            puller_heard(sim, followers[i - NEWS_AHEAD], shard);
+        }
     }
 }
 

@@ -13,20 +13,11 @@ static void uplink_advance(struct sim *sim, struct sim_uplink *up)
     up->at_ns = sim->now_ns;
 }
 
-static struct sim_fill *uplink_first(const struct sim_uplink *up)
-{
-    struct sim_fill *first = up->uploads;
-    for (struct sim_fill *fill = first; fill; fill = fill->upload_next) {
-        first = fill->finish < first->finish ? fill : first;
-    }
-    return first;
-}
-
 /* Waits for the first of the uploads that there are now. */
 static void uplink_wait(struct sim *sim, struct sim_node *node)
 {
     struct sim_uplink *up = &node->up;
-    const struct sim_fill *first = uplink_first(up);
+    const struct sim_fill *first = up->uploads;
     up->generation++;
     if (first) {
         double left = (first->finish - up->served) * up->ns_per_byte * up->count;
@@ -42,7 +33,12 @@ void links_upload(struct sim *sim, struct sim_fill *fill)
     fill->upload_ns = sim->now_ns;
     fill->finish = node->up.served + (double)sim_shard_size(sim, fill->shard);
     fill->uploading = true;
-    DL_APPEND2(node->up.uploads, fill, upload_prev, upload_next);
+    /* They are kept in the order in which they end: that in which they began, unless one is smaller. */
+    struct sim_fill *before = node->up.uploads ? node->up.uploads->upload_prev : NULL;
+    while (before && before->finish > fill->finish) {
+        before = before == node->up.uploads ? NULL : before->upload_prev;
+    }
+    DL_APPEND_ELEM2(node->up.uploads, before, fill, upload_prev, upload_next);
     node->up.count++;
     uplink_wait(sim, node);
 }
@@ -78,7 +74,7 @@ static uint64_t pipe_pass(struct sim_pipe *pipe, uint64_t first_ns, uint64_t las
 
 void links_sent(struct sim *sim, struct sim_node *node)
 {
-    struct sim_fill *fill = uplink_first(&node->up);
+    struct sim_fill *fill = node->up.uploads;
     uint64_t latency = sim->options.latency;
     struct sim_node *to = fill->conn->puller;
     links_stop(sim, fill);

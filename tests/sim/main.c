@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "meta/base/util.h"
+#include "meta/model.h"
 #include "tests/sim/sim.h"
 
 struct bounds {
@@ -166,16 +167,6 @@ static double rate_of(const char *text) /* bytes/s of "100gbit" */
     return value * unit / 8;
 }
 
-/* The product's own choice: file / 256, at least 1 MiB, at most 64 MiB. */
-static uint64_t shard_size_of(uint64_t size)
-{
-    uint64_t shard = (1u << 20);
-    while (shard < 64u << 20 && shard * 256 < size) {
-        shard *= 2;
-    }
-    return shard;
-}
-
 enum {
     NODES = 1,
     SIZE,
@@ -312,7 +303,7 @@ int main(int argc, char **argv)
         }
     }
     if (!o.shard_size) {
-        o.shard_size = shard_size_of(o.size);
+        o.shard_size = model_shard_auto(o.size);
     }
     if (optind != argc || o.nodes < 1 || o.rate <= 0 || o.size < 1 || o.message < 1 ||
         o.shard_size < 4096 || o.racks < 1 || o.racks > SIM_RACKS_MAX || o.trunk <= 0) {

@@ -43,7 +43,10 @@ static void source_add(struct sim *sim, struct sim_node *node, struct sim_neighb
     neighbour->conn = source;
     neighbour->since_ns = sim->now_ns;
     neighbour->reviewed = neighbour->received;
-    node->sources[node->source_count++] = source;
+    source->at = node->source_count;
+    node->sources[source->at] = (struct sim_source){.usable_ns = UINT64_MAX, .far = source->far};
+    node->conns[node->source_count++] = source;
+    node->dry &= ~(1u << source->at);
     meet_connect(sim, source);
 }
 
@@ -126,7 +129,7 @@ void meet_hear(struct sim *sim, struct sim_node *node, struct sim_node *other, b
     }
     uint32_t near = 0;
     for (uint32_t i = 0; i < node->source_count; i++) {
-        near += !node->sources[i]->far;
+        near += !node->sources[i].far;
     }
     if (found->near || near + SPREAD_FAR < SPREAD_NEIGHBOURS_FIRST) {
         source_add(sim, node, found);

@@ -31,7 +31,7 @@ static bool near_attached(const struct sim_node *node)
 {
     bool near = false;
     for (uint32_t i = 0; i < node->source_count; i++) {
-        near |= node->sources[i]->attached && !node->sources[i]->far;
+        near |= node->conns[i]->attached && !node->sources[i].far;
     }
     return near;
 }
@@ -44,7 +44,7 @@ static uint32_t shard_take(struct sim *sim, struct sim_conn *source, enum source
         .bitmap = source->bitmap,
         .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
         .far = source->far,
-        .rack = near_attached(source->puller) ? &source->puller->circle : NULL,
+        .rack = source->far && near_attached(source->puller) ? &source->puller->circle : NULL,
         .now_ms = sim->now_ns / SIM_MS,
         .steps = source->puller->reach.steps / SPREAD_REACH_PARTS,
         .step_ms = spread_rack_step_ms(source->puller->usual_ns)};
@@ -68,53 +68,63 @@ static uint32_t window_width(const struct sim *sim, const struct sim_node *node)
     return node->window.width < share ? node->window.width : share;
 }
 
-static bool source_room(const struct sim *sim, const struct sim_conn *source, enum source_turn turn,
-                        uint32_t width, uint32_t usable)
+/* Whether those of a turn are asked for more, beside who has only one to ask. */
+static bool turn_wanted(const struct sim *sim, const struct sim_node *node, enum source_turn turn,
+                        uint32_t width)
 {
-    const struct sim_node *node = source->puller;
-    if (usable <= 1) {
-        return source->inflight < width;
-    }
-    uint32_t waiting = width / usable;
     bool wanted = node->fetching < width;
     if (turn == TURN_RARE) {
         wanted = true;
     } else if (turn == TURN_ANY) {
         wanted &= spread_hungry(sim->now_ns - node->full_ns, node->usual_ns);
     }
-    return wanted && source->waiting < (waiting ? waiting : 1);
+    return wanted;
 }
 
-static struct sim_conn *source_idlest(const struct sim *sim, const struct sim_node *node,
-                                      enum source_turn turn, uint32_t width, uint32_t usable)
+static bool source_room(const struct sim_source *source, uint32_t width, uint32_t usable)
 {
-    struct sim_conn *best = NULL;
-    for (uint32_t i = 0; i < node->source_count; i++) {
-        struct sim_conn *source = node->sources[i];
-        if (source->complete == (turn != TURN_PARTIAL) && !source->dry &&
-            source_usable(sim, source) && source_room(sim, source, turn, width, usable) &&
-            (!best || source->inflight < best->inflight)) {
-            best = source;
-        }
+    uint32_t waiting = width / usable;
+    return usable == 1 ? source->inflight < width : source->waiting < (waiting ? waiting : 1);
+}
+
+/* Of those whose bit is set. */
+static uint32_t source_idlest(const struct sim_node *node, uint32_t among)
+{
+    uint32_t best = (uint32_t)__builtin_ctz(among);
+    for (among &= among - 1; among; among &= among - 1) {
+        uint32_t i = (uint32_t)__builtin_ctz(among);
+        best = node->sources[i].inflight < node->sources[best].inflight ? i : best;
     }
     return best;
 }
 
+/* among: a bit for each source that may be asked; usable: how many may be in all turns. Chance goes on for those that
+ * are known to be dry as for all others, so that a run does not show what is remembered of them. */
 static void sources_turn(struct sim *sim, struct sim_node *node, enum source_turn turn,
-                         uint32_t usable)
+                         uint32_t among, uint32_t width, uint32_t usable)
 {
-    uint32_t width = window_width(sim, node);
-    for (uint32_t i = 0; i < node->source_count; i++) {
-        node->sources[i]->dry = false;
+    for (uint32_t mask = among; mask; mask &= mask - 1) {
+        uint32_t i = (uint32_t)__builtin_ctz(mask);
+        among &= ~((uint32_t)!source_room(&node->sources[i], width, usable) << i);
     }
-    struct sim_conn *source;
-    while ((source = source_idlest(sim, node, turn, width, usable))) {
-        uint32_t shard = shard_take(sim, source, turn);
-        source->dry = shard == SPREAD_NONE;
-        if (!source->dry) {
-            fill_ask(sim, source, shard);
+    uint32_t dry = turn == TURN_PARTIAL ? node->dry : 0;
+    while (among & ~dry) {
+        uint32_t i = source_idlest(node, among);
+        uint32_t shard = SPREAD_NONE;
+        if (dry >> i & 1) {
+            sim_random_skip(sim, 1);
+        } else {
+            shard = shard_take(sim, node->conns[i], turn);
+        }
+        if (shard != SPREAD_NONE) {
+            fill_ask(sim, node->conns[i], shard);
+            among &= ~((uint32_t)!source_room(&node->sources[i], width, usable) << i);
+        } else {
+            among &= ~(1u << i);
+            node->dry |= (uint32_t)(turn == TURN_PARTIAL && !node->sources[i].far) << i;
         }
     }
+    sim_random_skip(sim, (uint32_t)__builtin_popcount(among));
 }
 
 static void bitmap_fill(const struct sim *sim, struct sim_conn *source)
@@ -127,43 +137,49 @@ static void bitmap_fill(const struct sim *sim, struct sim_conn *source)
 
 void puller_pump(struct sim *sim, struct sim_node *node)
 {
-    uint32_t usable = 0;
+    uint32_t among = 0;
+    uint32_t complete = 0;
     if (!node->pulling) {
         return;
     }
     for (uint32_t i = 0; i < node->source_count; i++) {
-        struct sim_conn *source = node->sources[i];
-        usable += source_usable(sim, source);
+        const struct sim_source *source = &node->sources[i];
+        among |= (uint32_t)(sim->now_ns >= source->usable_ns) << i;
+        complete |= (uint32_t)source->complete << i;
+    }
+    for (uint32_t mask = complete; mask; mask &= mask - 1) {
+        struct sim_conn *source = node->conns[__builtin_ctz(mask)];
         if (source->refill_ns && sim->now_ns >= source->refill_ns) {
             bitmap_fill(sim, source);
         }
     }
-    if (!usable) {
+    if (!among) {
         return;
     }
-    if (node->fetching >= window_width(sim, node)) {
+    uint32_t usable = (uint32_t)__builtin_popcount(among);
+    uint32_t width = window_width(sim, node);
+    if (node->fetching >= width) {
         node->full_ns = sim->now_ns;
     }
     spread_reach_tick(&node->reach, sim->now_ns / SIM_MS, node->full_ns / SIM_MS,
                       spread_rack_step_ms(node->usual_ns));
-    for (enum source_turn turn = TURN_RARE; spread_absent(node->spread) && turn < TURN_COUNT;
-         turn++) {
-        sources_turn(sim, node, turn, usable);
-    }
-    for (uint32_t i = 0; node->fills && i < node->source_count; i++) {
-        if (node->sources[i]->inflight == 0 && !node->sources[i]->far &&
-            source_usable(sim, node->sources[i])) {
-            (void)fill_move(sim, node->sources[i]);
+    for (enum source_turn turn = TURN_RARE; turn < TURN_COUNT; turn++) {
+        uint32_t of_turn = among & (turn == TURN_PARTIAL ? ~complete : complete);
+        if (of_turn && (usable == 1 || turn_wanted(sim, node, turn, width)) &&
+            spread_absent(node->spread)) {
+            sources_turn(sim, node, turn, of_turn, width, usable);
         }
     }
+    fill_move(sim, node, among);
 }
 
 /* ---- what a source says ---- */
 
+/* How many have what is here already makes no difference any more. */
 static void rarity_add(struct sim *sim, const struct sim_conn *source, bool more)
 {
     for (uint32_t k = 0; !source->complete && k < sim->shards; k++) {
-        if (!source_has(source, k)) {
+        if (!source_has(source, k) || sim_has(source->puller, k)) {
             continue;
         }
         if (more) {
@@ -186,6 +202,8 @@ static void bitmap_clear(struct sim *sim, struct sim_conn *source)
     source->refill_ns = 0;
     source->puller->attached_count--;
     source->puller->known[source->known].attached = false;
+    source_of(source)->complete = false;
+    source_usable_set(source);
 }
 
 void puller_attached(struct sim *sim, struct sim_conn *source)
@@ -199,12 +217,24 @@ void puller_attached(struct sim *sim, struct sim_conn *source)
     node->attached_count++;
     node->known[source->known].attached = true;
     node->known[source->known].complete = source->complete;
+    source_of(source)->complete = source->complete;
+    source_usable_set(source);
+    node->dry &= ~(1u << source->at);
     if (source->complete) {
         bitmap_fill(sim, source);
     } else {
         rarity_add(sim, source, true);
     }
     puller_pump(sim, node);
+}
+
+void puller_heard_soon(const struct sim_conn *source, uint32_t shard)
+{
+    const char *node = (const char *)source->puller;
+    __builtin_prefetch(&source->bitmap[shard / 8], 1);
+    for (size_t at = 0; at < offsetof(struct sim_node, conns); at += 64) {
+        __builtin_prefetch(node + at, 1);
+    }
 }
 
 void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard)
@@ -218,8 +248,11 @@ void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard)
     if (!source->attached) {
         return; /* ATTACHED is on its way, and counts all of it */
     }
-    spread_more(node->spread, shard, !source->far, sim->now_ns / SIM_MS);
-    if (source->waiting == 0) {
+    if (!sim_has(node, shard)) {
+        spread_more(node->spread, shard, !source->far, sim->now_ns / SIM_MS);
+        node->dry &= ~(1u << source->at);
+    }
+    if (node->sources[source->at].waiting == 0) {
         puller_pump(sim, node);
     }
 }
@@ -243,12 +276,13 @@ void puller_source_drop(struct sim *sim, struct sim_conn *source)
     struct sim_node *node = source->puller;
     fill_cancel_all(sim, source);
     bitmap_clear(sim, source);
-    for (uint32_t i = 0; i < node->source_count; i++) {
-        if (node->sources[i] == source) {
-            node->sources[i] = node->sources[--node->source_count];
-            break;
-        }
-    }
+    uint32_t last = --node->source_count;
+    uint32_t dry = node->dry >> last & 1;
+    node->dry = (node->dry & ~(1u << source->at)) | dry << source->at;
+    node->dry &= (1u << last) - 1;
+    node->sources[source->at] = node->sources[last];
+    node->conns[source->at] = node->conns[last];
+    node->conns[source->at]->at = source->at;
     node->known[source->known].conn = NULL;
     source->open = false;
     sim_send(sim, source->holder, SIM_DETACH, source, source->generation);
@@ -257,7 +291,7 @@ void puller_source_drop(struct sim *sim, struct sim_conn *source)
 void puller_end(struct sim *sim, struct sim_node *node)
 {
     while (node->source_count) {
-        puller_source_drop(sim, node->sources[0]);
+        puller_source_drop(sim, node->conns[0]);
     }
     node->pulling = false;
     spread_close(node->spread);
@@ -269,7 +303,7 @@ void puller_end(struct sim *sim, struct sim_node *node)
 static void source_tick(struct sim *sim, struct sim_conn *source)
 {
     const struct sim_node *holder = source->holder;
-    if (source->attached && holder->stopped && source->inflight &&
+    if (source->attached && holder->stopped && source_of(source)->inflight &&
         sim->now_ns - holder->stopped_ns > SUPPLIER_SILENT_NS) {
         puller_down(sim, source);
     }
@@ -283,7 +317,7 @@ void puller_tick(struct sim *sim, struct sim_node *node)
 {
     fill_tick(sim, node);
     for (uint32_t i = 0; i < node->source_count; i++) {
-        source_tick(sim, node->sources[i]);
+        source_tick(sim, node->conns[i]);
     }
     if (sim->now_ns >= node->review_ns) {
         node->review_ns = sim->now_ns + SIM_REVIEW_NS;

@@ -85,7 +85,7 @@ struct sim_uplink {
     double
         served; /* bytes that each of the uploads has got, if it had been there from the beginning */
     uint64_t at_ns;
-    struct sim_fill *uploads;
+    struct sim_fill *uploads; /* the first to end first */
     uint32_t count;
     uint32_t generation; /* of the event that waits for the first of them */
     uint64_t bytes;
@@ -110,7 +110,8 @@ struct sim_fill {
     uint32_t advice_count;
     uint32_t advice[4];
     struct slots_ask ask;
-    struct sim_fill *prev, *next;             /* the puller's */
+    struct sim_fill *prev, *next;             /* the puller's, */
+    struct sim_fill *wait_prev, *wait_next;   /* and those that are not granted */
     struct sim_fill *grant_prev, *grant_next; /* the holder's, of this conn */
     struct sim_fill *upload_prev, *upload_next;
 };
@@ -118,18 +119,18 @@ struct sim_fill {
 /* A link from a puller to a holder: source and session. */
 struct sim_conn {
     struct sim_node *puller, *holder;
+    uint8_t *bitmap;
     uint32_t generation;
-    bool open;           /* not given up by the puller */
-    bool following;      /* at the holder */
-    bool left;           /* DETACH has come there */
-    uint32_t fill_count; /* that neither side has forgotten */
-    uint32_t known;      /* its place in the puller's */
-    bool attached;       /* at the puller */
+    uint32_t at;    /* its place among the puller's sources, */
+    uint32_t known; /* and in what it knows */
+    bool open;      /* not given up by the puller */
+    bool attached;  /* at the puller */
     bool complete;
     bool far;
-    bool dry;
+    bool following; /* at the holder */
+    bool left;      /* DETACH has come there */
     bool directed;
-    uint8_t *bitmap;
+    uint32_t fill_count; /* that neither side has forgotten */
     uint32_t advice[SIM_ADVICE_MAX];
     uint32_t advice_count;
     uint64_t refill_ns;
@@ -138,8 +139,6 @@ struct sim_conn {
     uint64_t referred_ms;
     uint32_t failures;
     uint32_t refusals;
-    uint32_t inflight;
-    uint32_t waiting;
     uint32_t place; /* among the holder's followers */
     struct slots_peer slots;
     struct sim_fill *grants;
@@ -167,36 +166,50 @@ struct sim_neighbour {
     uint64_t received, reviewed;
 };
 
+/* What a puller looks at, of each of its sources, whenever it hears of a shard. */
+struct sim_source {
+    uint64_t usable_ns; /* from then on; UINT64_MAX: not attached */
+    uint16_t inflight;
+    uint16_t waiting;
+    bool complete;
+    bool far;
+};
+
 struct sim_node {
+    /* Whoever hears of a shard needs what comes first here, and there are many of them. */
+    bool alive;
+    bool stopped;
+    bool pulling;
+    bool announced;
+    bool liar;
+    uint32_t source_count;
+    uint64_t *have; /* bitmap of its shards */
+    uint32_t present;
+    uint32_t fetching;
+    struct spread *spread;
+    struct sim_fill *fills;
+    struct sim_fill *waiting; /* of these, for the holder to grant them */
+    uint32_t dry; /* a bit for each source, near and not complete, that has nothing absent */
+    uint64_t usual_ns;
+    uint64_t full_ns; /* when its window was full, last */
+    struct spread_window window;
+    struct spread_reach reach;
+    struct sim_source sources[SPREAD_NEIGHBOURS];
+    struct sim_conn *conns[SPREAD_NEIGHBOURS]; /* the same ones */
+
     uint32_t id;
     uint32_t rack;
     char locality[SIM_LOCALITY];
-    bool alive;
-    bool stopped;
     uint64_t stopped_ns; /* or dead */
-    bool liar;
-    bool pulling;
-    bool announced;
-    uint64_t *have; /* bitmap of its shards */
-    uint32_t present;
     struct sim_uplink up;
     struct sim_pipe down;
     uint64_t idle_ns; /* when it has handled all messages so far */
     /* it pulls */
-    struct spread *spread;
-    struct spread_window window;
     struct spread_rack circle;
-    struct spread_reach reach;
     struct sim_neighbour *known;
-    struct sim_conn *sources[SPREAD_NEIGHBOURS];
-    uint32_t source_count;
     uint32_t attached_count;
-    struct sim_fill *fills;
-    uint32_t fetching;
     uint32_t hedges;
     uint32_t twice; /* shards that came though they were here */
-    uint64_t usual_ns;
-    uint64_t full_ns; /* when its window was full, last */
     uint64_t review_ns, look_ns, look_wait_ns;
     uint64_t progress_ns;
     uint64_t begun_ns, done_ns;
@@ -232,6 +245,7 @@ struct sim {
 
 /* world.c: what all need */
 uint64_t sim_random(struct sim *sim);
+void sim_random_skip(struct sim *sim, uint32_t steps); /* as if it had been called */
 uint64_t sim_shard_size(const struct sim *sim, uint32_t shard);
 bool sim_has(const struct sim_node *node, uint32_t shard);
 void sim_at(struct sim *sim, uint64_t at_ns, enum sim_event kind, void *object, uint32_t generation,
@@ -266,6 +280,7 @@ void holder_tick(struct sim *sim, struct sim_node *node);
 /* puller.c */
 void puller_pump(struct sim *sim, struct sim_node *node);
 void puller_attached(struct sim *sim, struct sim_conn *source);
+void puller_heard_soon(const struct sim_conn *source, uint32_t shard);
 void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard); /* HAVE */
 void puller_down(struct sim *sim, struct sim_conn *source);
 void puller_source_drop(struct sim *sim, struct sim_conn *source);
@@ -273,7 +288,9 @@ void puller_tick(struct sim *sim, struct sim_node *node);
 void puller_end(struct sim *sim, struct sim_node *node);
 
 /* fill.c */
+struct sim_source *source_of(const struct sim_conn *source);
 bool source_usable(const struct sim *sim, const struct sim_conn *source);
+void source_usable_set(struct sim_conn *source); /* it is attached, or not; or to be left alone */
 bool source_has(const struct sim_conn *source, uint32_t shard);
 void fill_ask(struct sim *sim, struct sim_conn *source, uint32_t shard);
 void fill_cancel(struct sim *sim, struct sim_fill *fill);
@@ -282,7 +299,8 @@ void fill_granted(struct sim *sim, struct sim_fill *fill);
 void fill_busy(struct sim *sim, struct sim_fill *fill);
 void fill_gone(struct sim *sim, struct sim_fill *fill);
 void fill_landed(struct sim *sim, struct sim_fill *fill);
-bool fill_move(struct sim *sim, struct sim_conn *source);
+/* What waits too long elsewhere, to idle sources among these: a bit each. */
+void fill_move(struct sim *sim, struct sim_node *node, uint32_t among);
 void fill_tick(struct sim *sim, struct sim_node *node);
 
 /* meet.c */

@@ -6,9 +6,16 @@
 
 /* ---- chance, time, messages ---- */
 
+#define RANDOM_STEP 0x9e3779b97f4a7c15u
+
+void sim_random_skip(struct sim *sim, uint32_t steps)
+{
+    sim->random += steps * RANDOM_STEP;
+}
+
 uint64_t sim_random(struct sim *sim) /* splitmix64 (S. Vigna) */
 {
-    uint64_t z = sim->random += 0x9e3779b97f4a7c15u;
+    uint64_t z = sim->random += RANDOM_STEP;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
     return z ^ z >> 31;
