@@ -4,6 +4,7 @@ on tmpfs with huge pages, and beside what serves files over HTTP.
 What a loader has only mapped it has not loaded: here every page is touched before the clock stops.
 """
 
+import itertools
 import os
 import shutil
 import statistics
@@ -80,26 +81,35 @@ class Loader:
 
 
 class Http:
-    """The model by HTTP: nginx, and rclone's mount of it, where each name is read once."""
+    """A file by HTTP: nginx, and rclone's mount of it, under names of which each can be read once."""
 
-    def __init__(self, home, file, count):
+    def __init__(self, home, file, count, *rclone):
         self.root, self.mount = file.parent / "served", home / "rclone"
         for folder in (self.root, self.mount):
             folder.mkdir()
         for k in range(count):
             os.link(file, self.root / f"{k}.safetensors")
-        self.port = free_port()
+        port = free_port()
         conf = home / "nginx.conf"
-        conf.write_text(NGINX.format(home=home, port=self.port, root=self.root))
+        conf.write_text(NGINX.format(home=home, port=port, root=self.root))
         self.processes = [self._start("nginx", "-p", home, "-c", conf)]
-        self.url = f"http://127.0.0.1:{self.port}"
-        eventually(lambda: subprocess.run(["curl", "-sf", self.url], capture_output=True).returncode == 0, 10)
+        self.base = f"http://127.0.0.1:{port}"
+        eventually(lambda: subprocess.run(["curl", "-sf", self.base], capture_output=True).returncode == 0, 10)
         self.rclone = shutil.which("rclone") is not None
         if self.rclone:
             self.processes.append(
-                self._start("rclone", "mount", ":http:", self.mount, "--http-url", self.url, "--read-only")
+                self._start("rclone", "mount", ":http:", self.mount, "--http-url", self.base, "--read-only", *rclone)
             )
             eventually(lambda: os.path.ismount(self.mount), 20)
+
+    def url(self, k):
+        return f"{self.base}/{k}.safetensors"
+
+    def file(self, k):
+        return self.mount / f"{k}.safetensors"
+
+    def pids(self):
+        return [process.pid for process in self.processes]
 
     @staticmethod
     def _start(*words):
@@ -113,12 +123,19 @@ class Http:
         for process in self.processes:
             process.terminate()
             process.wait()
+        shutil.rmtree(self.root)
+        self.mount.rmdir()
 
 
 def timed(what):
     begun = time.monotonic()
     what()
     return time.monotonic() - begun
+
+
+def turned(serial, things):
+    """They take turns in being the first."""
+    return list(things)[:: 1 if next(serial) % 2 else -1]
 
 
 def on_huge_pages(made):
@@ -139,12 +156,13 @@ def model(bench, loader):
 def warm_rows(bench, loader, b, files, size):
     """Complete files."""
     ways = {"safetensors": 0, "safetensors eager": 0, "torch": 1, "torch mmap": 1}
+    serial = itertools.count()
 
     def once():
         result = {}
         with bench.watch([b.pid, loader.process.pid]) as watch:
             for way, index in ways.items():
-                for key, path in (("mount", b.path(files[index].name)), ("huge", files[index])):
+                for key, path in turned(serial, (("mount", b.path(files[index].name)), ("huge", files[index]))):
                     bench.warm(size)
                     result[way, key] = size / 1e9 / loader.ask(way, path)
         return watch.others, result
@@ -166,6 +184,7 @@ def llama_rows(bench, runner, a, b):
     run_p2pfs("pull", b.path(file.name))
     size = file.stat().st_size
     modes = ("mmap", "none")
+    serial = itertools.count()
 
     def started(model, mode):
         return timed(lambda: runner.run(
@@ -176,7 +195,7 @@ def llama_rows(bench, runner, a, b):
         result = {}
         with bench.watch([b.pid]) as watch:
             for mode in modes:
-                for key, path in (("mount", b.path(file.name)), ("huge", file)):
+                for key, path in turned(serial, (("mount", b.path(file.name)), ("huge", file))):
                     bench.warm(size)
                     result[mode, key] = size / 1e9 / started(path, mode)
         return watch.others, result
@@ -191,7 +210,7 @@ def llama_rows(bench, runner, a, b):
 def cold_rows(bench, loader, nodes, files, http, size):
     """A file that nothing is here of: pulled and loaded at once, and what others do instead."""
     path = nodes[1].path(files[0].name)
-    pids = [process.pid for process in (*nodes, loader.process, *http.processes)]
+    pids = [*http.pids(), *(process.pid for process in (*nodes, loader.process))]
     serial = iter(range(1 << 20))
 
     def away():
@@ -200,7 +219,7 @@ def cold_rows(bench, loader, nodes, files, http, size):
 
     def fetched():
         target = bench.huge / "fetched.safetensors"
-        run = ["curl", "-sf", "-o", target, f"{http.url}/0.safetensors"]
+        run = ["curl", "-sf", "-o", target, http.url(0)]
         seconds = timed(lambda: subprocess.run(run, check=True)) + loader.ask("safetensors", target)
         target.unlink()
         return seconds
@@ -219,7 +238,7 @@ def cold_rows(bench, loader, nodes, files, http, size):
             result["http"] = fetched()
             if http.rclone:
                 bench.warm(size)
-                result["rclone"] = loader.ask("safetensors", http.mount / f"{next(serial)}.safetensors")
+                result["rclone"] = loader.ask("safetensors", http.file(next(serial)))
         return watch.others, result
 
     once()

@@ -1,4 +1,4 @@
-"""A curve as SVG text, drawn by hand: no library, small enough for a README."""
+"""A curve, and bars, as SVG text, drawn by hand: no library, small enough for a README."""
 
 import math
 
@@ -78,3 +78,53 @@ def curve(rows, size):
         out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, names[name], "start",
                           f' fill="{COLOURS[name]}"'))  # fmt: skip
     return "\n".join(out) + "\n</svg>\n"
+
+
+def _panel(out, y, title, bars, marks):
+    """Bars (label, length, words, colour, goal) below a title, to the scale of `marks`; the y below them."""
+    left, right, step = 330, WIDTH - 70, 20
+    bottom = y + 14 + step * len(bars)
+
+    def x_of(value):
+        return left + (right - left) * min(value / marks[-1], 1)
+
+    out.append(_label(left, y, title, "start", ' font-weight="bold"'))
+    for mark in marks:
+        out.append(f'<path d="M{x_of(mark):.1f} {y + 8}V{bottom}" stroke="#ddd"/>')
+        out.append(_label(x_of(mark), bottom + 14, f"{mark:g}"))
+    for k, (label, value, words, colour, goal) in enumerate(bars):
+        at = y + 14 + step * k
+        out.append(_label(left - 8, at + 11, label, "end"))
+        out.append(f'<rect x="{left}" y="{at}" width="{x_of(value) - left:.1f}" height="14" fill="{colour}"/>')
+        out.append(_label(x_of(value) + 5, at + 11, words, "start"))
+        if goal:
+            out.append(f'<path d="M{x_of(goal):.1f} {at - 2}v18" stroke="black" stroke-width="2"/>')
+    return bottom + 44
+
+
+def bars(rows, title):
+    """Of a table's rows: rates over their reference's, and seconds of what took a time. A goal is a black line."""
+    good, short, plain = COLOURS["p2pfs"], COLOURS["aria2"], COLOURS["chain"]
+    rates, times = [], []
+    for row in rows:
+        if row["ratio"] is None or row["unit"] not in ("GB/s", "s"):
+            continue
+        label, goal = row["what"].split(" (of ")[0], float(row["goal"].split()[1]) if row["goal"] else None
+        ratio = row["ratio"]
+        if row["unit"] == "GB/s":
+            colour = plain if goal is None else good if ratio >= goal else short
+            rates.append((f"{row['case']}, {label}", ratio, f"{ratio:.2f}", colour, goal))
+        else:
+            colour = plain if goal is None else good if ratio <= goal else short
+            scale = row["median"] / ratio
+            times.append((label, row["median"], f"{row['median']:.2f} s", colour, goal and goal * scale))
+    out = [_label(WIDTH / 2, 20, title, more=' font-size="14"')]
+    y = 50
+    if rates:
+        y = _panel(out, y, "rate, of the reference's (longer is better)", rates, (0, 0.25, 0.5, 0.75, 1, 1.25))
+    if times:
+        longest = max(value for _, value, *_ in times)
+        step = 10 ** math.floor(math.log10(longest))
+        y = _panel(out, y, "seconds (shorter is better)", times, [k * step for k in range(math.ceil(longest / step) + 1)])
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:.0f}" font-family="sans-serif" font-size="11">'
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{y:.0f}" fill="white"/>', *out, "</svg>"]) + "\n"

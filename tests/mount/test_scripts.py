@@ -112,3 +112,19 @@ def test_bench_swarm_measures_hosts_with_links_of_their_own(mounts, tmp_path):
         assert row["last"] >= 0.9  # the links are capped
         assert row["copies"] >= 0.99  # the bytes came from the first host
     assert "p2pfs" in plot.read_text()
+
+
+@pytest.mark.limit(120)
+def test_bench_keeps_what_was_measured_before_and_draws_it(mounts, tmp_path):
+    kept, drawn = tmp_path / "kept.json", tmp_path / "drawn.svg"
+    build = env.BINARY.parents[1]
+    for case, cases in (("register", {"register"}), ("arrive", {"register", "arrive"})):
+        done = subprocess.run(
+            [SCRIPTS / "bench", "--json", "--rounds", "1", "--size", "8M", "--keep", kept, "--bars", drawn, case],
+            env={**os.environ, "P2PFS_BUILD": str(build)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        rows = json.loads(done.stdout)["rows"]
+        assert {row["case"] for row in rows} == cases
+        assert all(row["median"] > 0 for row in rows)
+    assert "cat of a file that is not here yet" in drawn.read_text()
