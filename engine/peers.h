@@ -28,6 +28,7 @@ struct peer {
     _Atomic uint64_t rdma_after_ns; /* not over RDMA before */
     atomic_uint strikes;            /* corrupt shards in a row */
     _Atomic uint64_t quarantined_until_ns;
+    _Atomic uint64_t yield_ns; /* its links' (transport.h) */
 };
 
 struct peers;

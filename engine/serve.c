@@ -180,6 +180,7 @@ static void proven(struct session *s, const struct wire_message *message)
         serve_refuse(s, "is one more than this node can remember (give every node a secret_file=)");
         return;
     }
+    s->link->yield_ns = &s->peer->yield_ns;
     if (atomic_fetch_add(&s->peer->sessions, 1) >= SERVE_SESSIONS_PEER) {
         serve_refuse(s, "has too many links to this node already");
         return;

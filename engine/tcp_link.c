@@ -263,6 +263,36 @@ static void exposure_quiet(struct tcp_link *link, struct tcp_exposure *e, bool f
     end_put(link, e->id, failed);
 }
 
+/* What is urgent and takes long has the other links of this peer yield, until it should have sent two slices more; not
+ * for long, since it may be taken back meanwhile. */
+static void yield_ask(struct tcp_link *link, const struct tcp_exposure *e, uint64_t now)
+{
+    if (!link->base.yield_ns || e->sent < TCP_SLICE_BYTES)
+        return;
+    uint64_t slice_ns = (now - e->since_ns) / (e->sent / TCP_SLICE_BYTES);
+    uint64_t claim_ns = 2 * slice_ns < TCP_CLAIM_NS ? 2 * slice_ns : TCP_CLAIM_NS;
+    if (slice_ns * (e->region.length / TCP_SLICE_BYTES) > TCP_SLOW_NS)
+        atomic_store(link->base.yield_ns, now + claim_ns);
+}
+
+/* How much of what is not urgent may leave in the next slice. 0: the timer tells when. */
+static size_t yield_most(struct tcp_link *link, uint64_t now)
+{
+    uint64_t until = link->base.yield_ns ? atomic_load(link->base.yield_ns) : 0;
+    uint64_t turn = link->yielded_ns + TCP_YIELD_NS;
+    if (now >= until)
+        return TCP_SLICE_BYTES;
+    if (now >= turn) {
+        link->yielded_ns = now;
+        return TCP_YIELD_BYTES;
+    }
+    pace_stop(link, &link->out);
+    if (loop_timer_set(link->base.transport->loop, &link->out.timer,
+                       (until < turn ? until : turn) - now) < 0)
+        tcp_link_break(link, -ENOMEM, "out of memory");
+    return 0;
+}
+
 /* Begins the next slice: urgent ones first, else in turns. A limit is asked before, never within a slice, for messages
  * would wait behind it. */
 static enum progress slice_next(struct tcp_link *link)
@@ -272,12 +302,20 @@ static enum progress slice_next(struct tcp_link *link)
         pace_stop(link, &link->out);
         return IDLE;
     }
+    uint64_t now = util_now_ns();
+    if (e->sent == 0)
+        e->since_ns = now;
+    size_t yielded = TCP_SLICE_BYTES;
+    if (link->urgent)
+        yield_ask(link, e, now);
+    else if ((yielded = yield_most(link, now)) == 0)
+        return PAUSED;
     size_t most = pace_credit(link, &link->out, link->urgent != NULL);
     if (most == 0)
         return PAUSED;
     size_t length = e->region.length - e->sent;
-    if (length > TCP_SLICE_BYTES)
-        length = TCP_SLICE_BYTES;
+    if (length > yielded)
+        length = yielded;
     if (length > most)
         length = most;
     link->slice.exposure = e;

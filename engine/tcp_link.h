@@ -22,11 +22,15 @@
 
 #define TCP_PREFACE_BYTES    8
 #define TCP_HEAD_BYTES       20
-#define TCP_SLICE_BYTES      (1u << 20) /* payload of one DATA frame */
-#define TCP_SHARE_BYTES      (8u << 20) /* of one exposure, before another's turn */
-#define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
-#define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
-#define TCP_PIECES           64         /* of scattered memory, in one call to the kernel */
+#define TCP_SLICE_BYTES      (1u << 20)  /* payload of one DATA frame */
+#define TCP_SHARE_BYTES      (8u << 20)  /* of one exposure, before another's turn */
+#define TCP_YIELD_BYTES      (64u << 10) /* each TCP_YIELD_NS while it yields: not stalled */
+#define TCP_YIELD_NS         250000000ull
+#define TCP_SLOW_NS          200000000ull  /* a region that takes longer has others yield, */
+#define TCP_CLAIM_NS         1000000000ull /* for so long at most with each slice */
+#define TCP_TURN_BYTES       (4u << 20)    /* in one turn, each way: another link is waiting */
+#define TCP_QUEUE_BYTES      (4u << 20)    /* messages that wait to be sent */
+#define TCP_PIECES           64            /* of scattered memory, in one call to the kernel */
 #define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
 #define TCP_STAGE_BYTES      (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
 #define TCP_DESCRIPTOR_BYTES 13 /* 'T', id u32, length u64 */
@@ -38,7 +42,8 @@ struct tcp_exposure {
     uint32_t id;
     struct transport_region region; /* fd, map and pieces are borrowed until unexpose */
     size_t sent;
-    size_t turn; /* bytes of its turn that have left */
+    size_t turn;       /* bytes of its turn that have left */
+    uint64_t since_ns; /* its first slice */
     struct tcp_exposure *prev, *next;
 };
 
@@ -95,6 +100,7 @@ struct tcp_link {
     struct queue queue;
     bool full;                                    /* somebody got -EAGAIN */
     struct tcp_exposure *urgent, *normal, *quiet; /* quiet: sent or failed, until unexpose */
+    uint64_t yielded_ns;                          /* when it sent a little while it yields */
     struct {
         struct tcp_exposure *exposure; /* NULL while left > 0: it was taken back, zeros follow */
         uint8_t head[TCP_HEAD_BYTES];

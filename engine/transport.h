@@ -12,6 +12,7 @@
 #ifndef P2PFS_ENGINE_TRANSPORT_H
 #define P2PFS_ENGINE_TRANSPORT_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -180,6 +181,9 @@ struct link {
     char peer[TRANSPORT_NAME_MAX + 1]; /* the other end's address, for the log */
     uint64_t received;                 /* bytes of shards */
     uint64_t sent;
+    /* The upper floor's, shared by the links of one peer, or NULL. TCP: until then (monotonic ns) what is not urgent
+     * yields on all of them to an urgent region that takes long, for one path leads there, and it is slow. */
+    _Atomic uint64_t *yield_ns;
 };
 
 extern const struct transport_ops transport_tcp;

@@ -4,6 +4,7 @@ Each is on a host of its own. Uploads are limited, so that all of them take part
 """
 # ctest: timeout=600
 
+import json
 import os
 import random
 import subprocess
@@ -228,3 +229,30 @@ def test_evicted_and_removed_while_it_is_pulled(make_swarm):
         os.unlink(rest[0].path("f"))
         rest_of_it = opened.read()
     assert len(rest_of_it) == SIZE - 1
+
+
+def test_on_a_slow_link_what_a_reader_waits_for_goes_alone(network, cluster, tmp_path):
+    """All lanes' connections lead over it, and those that bring what lies in front yield."""
+    size, shard = 256 * MIB, 32 * MIB
+    one = cluster.node_on(network, shard_size=shard)
+    cap = "tc qdisc add dev eth0 root tbf rate 200mbit burst 256k latency 50ms".split()
+    done = subprocess.run([*one.before, *cap], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"no tbf here: {done.stderr.strip()}")
+    two = cluster.node_on(network)
+    (tmp_path / "source").touch()
+    os.truncate(tmp_path / "source", size)
+    os.symlink(tmp_path / "source", one.path("f"))
+    eventually(two.path("f").exists, 5, "f is seen")
+    eventually(lambda: not one.xattr("f", "digest").endswith(":"), 20, "f is sealed")
+
+    def sent():
+        link = subprocess.run([*one.before, "ip", "-j", "-s", "link", "show", "eth0"], capture_output=True, check=True)
+        return json.loads(link.stdout)[0]["stats64"]["tx"]["bytes"]
+
+    begun = sent()
+    with open(two.path("f"), "rb", buffering=0) as source:
+        assert os.pread(source.fileno(), 4096, size - 4096) == bytes(4096)
+    shards = (sent() - begun) / shard
+    print(f"{shards:.2f} shards were sent until it had its own")
+    assert 1 <= shards < 1.6  # 2, when each of two lanes sends one
