@@ -77,7 +77,7 @@ def test_cp_that_runs_out_of_room_says_so(cluster, tmp_path):
     )
     assert done.returncode != 0
     assert "No space left on device" in done.stderr
-    assert not os.path.exists(small.path("f")) or state(small, "f") == "writing"
+    eventually(lambda: not small.path("f").exists() or state(small, "f") == "writing", what="f is not registered")
 
 
 def test_a_pull_that_cannot_fit(cluster):
