@@ -403,12 +403,17 @@ int engine_read(struct engine *engine, struct replica *replica, uint64_t offset,
         replica->progress_ns = util_now_ns();
     }
     DL_APPEND(replica->waiters, waiter);
-    replica->cursor = last;
+    if (!waiter->patient) {
+        replica->cursor = last;
+    }
+    waiter->since_ns = util_now_ns();
+    waiter->since = atomic_load(&replica->resident);
     atomic_fetch_add(&engine->counters.readers_waiting, 1);
     atomic_fetch_add(&engine->counters.reads_waited, 1);
     pthread_mutex_unlock(&replica->lock);
 
-    int status = pull_want(replica, engine->config.fetch_whole);
+    int status =
+        pull_want(replica, waiter->patient || (engine->config.fetch_whole && !waiter->peek));
     if (status < 0 && engine_read_cancel(engine, waiter)) {
         return status;
     }

@@ -77,19 +77,24 @@ int engine_replica_open(struct engine *engine, const struct model_id *version,
                         struct replica **replica);
 void engine_replica_close(struct engine *engine, struct replica *replica);
 uint64_t replica_size(const struct replica *replica);
+bool replica_here(struct replica *replica, uint64_t offset, uint64_t length); /* all of it, now */
 const struct model_id *replica_version(const struct replica *replica);
 
 struct engine_waiter {
     void (*ready)(struct engine_waiter *waiter, int status);
     struct engine_waiter *prev, *next; /* the rest is the engine's while parked */
-    bool patient;                      /* wants all of it in any order: hurries nobody */
+    bool
+        patient; /* wants all of it in any order: hurries nobody, and always pulls the whole file */
+    bool peek;   /* is no reason to pull the whole file */
+    uint64_t by_ns; /* patient: util_now_ns until when; 0: as long as it takes */
+    uint64_t since_ns, since;
     uint32_t first, last;
     struct replica *replica;
     bool parked;
 };
 /* Makes [offset, offset + length) present (inside the file, length > 0). 0: it is, now; -EINPROGRESS: parked, `ready`
- * follows with 0 or an error (-EIO: every source failed or read_timeout passed; -ENOSPC: no room in the cache);
- * another error: not parked. */
+ * follows with 0 or an error (-EIO: every source failed or read_timeout passed; -ENOSPC: no room in the cache;
+ * -ETIMEDOUT: at the rate at which it comes it will not all be here by by_ns); another error: not parked. */
 int engine_read(struct engine *engine, struct replica *replica, uint64_t offset, size_t length,
                 struct engine_waiter *waiter);
 /* Takes a parked waiter back: true: it is the caller's again and `ready` will not run; false: `ready` has run, runs or

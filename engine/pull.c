@@ -350,6 +350,7 @@ static void home_tick(struct pull *pull, uint64_t now)
     if (changed && !ended) {
         pull_neighbours_changed(replica);
     }
+    replica_late(replica);
 
     if (complete) {
         atomic_fetch_add(&engine->counters.pulls_completed, 1);

@@ -20,6 +20,8 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
+#define REPLICA_JUDGE_NS 25000000ull /* so long a pull must have run for its rate to say anything */
+
 int replica_new(struct engine *engine, const struct model_version *version, bool inplace,
                 struct replica **replica)
 {
@@ -114,6 +116,20 @@ uint64_t replica_size(const struct replica *replica)
     return replica->version.size;
 }
 
+bool replica_here(struct replica *replica, uint64_t offset, uint64_t length)
+{
+    pthread_mutex_lock(&replica->lock);
+    bool draft = replica->draft != NULL;
+    pthread_mutex_unlock(&replica->lock);
+    uint64_t size = replica->version.size;
+    if (draft || replica->inplace || length == 0 || offset >= size) {
+        return true;
+    }
+    uint64_t end = length < size - offset ? offset + length : size;
+    return replica_range_present(replica, (uint32_t)(offset / replica->version.shard_size),
+                                 (uint32_t)((end - 1) / replica->version.shard_size));
+}
+
 const struct model_id *replica_version(const struct replica *replica)
 {
     return &replica->version.id;
@@ -198,15 +214,42 @@ void replica_answer(struct engine *engine, struct engine_waiter *list, int statu
     work_post_urgent(engine->work, &answer->job);
 }
 
-/* Takes the waiters that satisfy `all || their range is present` off the list, as a chain by next. Lock held. */
-static struct engine_waiter *waiters_detach(struct replica *replica, bool all)
+static bool any(const struct replica *replica, const struct engine_waiter *waiter)
+{
+    (void)replica;
+    (void)waiter;
+    return true;
+}
+
+static bool served(const struct replica *replica, const struct engine_waiter *waiter)
+{
+    return replica_range_present(replica, waiter->first, waiter->last);
+}
+
+static bool late(const struct replica *replica, const struct engine_waiter *waiter)
+{
+    uint64_t now = util_now_ns();
+    uint64_t took = now - waiter->since_ns;
+    uint64_t resident = atomic_load(&replica->resident);
+    if (waiter->by_ns == 0 || took < REPLICA_JUDGE_NS) {
+        return false;
+    }
+    return now >= waiter->by_ns ||
+           (double)(replica->version.size - resident) * (double)took >
+               (double)(resident - waiter->since) * (double)(waiter->by_ns - now);
+}
+
+/* Takes the waiters that may go off the list, as a chain by next. Lock held. */
+static struct engine_waiter *waiters_detach(struct replica *replica,
+                                            bool (*goes)(const struct replica *replica,
+                                                         const struct engine_waiter *waiter))
 {
     struct engine_waiter *chain = NULL;
     struct engine_waiter **tail = &chain;
     struct engine_waiter *waiter;
     struct engine_waiter *next;
     DL_FOREACH_SAFE(replica->waiters, waiter, next) {
-        if (all || replica_range_present(replica, waiter->first, waiter->last)) {
+        if (goes(replica, waiter)) {
             /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): a list with a member has a head */
             DL_DELETE(replica->waiters, waiter);
             waiter->parked = false;
@@ -237,7 +280,7 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status)
         atomic_fetch_add(&replica->changes, 1);
         replica->progress_ns = util_now_ns();
         replica->error = 0;
-        ready = waiters_detach(replica, false);
+        ready = waiters_detach(replica, served);
         tell = replica->users > 0;
         atomic_fetch_add(&engine->counters.shards_fetched, 1);
     } else {
@@ -270,7 +313,7 @@ void replica_fail(struct replica *replica, int error, const char *reason)
     pthread_mutex_lock(&replica->lock);
     bool wanted = replica->waiters || replica->whole;
     replica->whole = false;
-    struct engine_waiter *failed = waiters_detach(replica, true);
+    struct engine_waiter *failed = waiters_detach(replica, any);
     replica->error = error;
     for (const struct engine_waiter *w = failed; w; w = w->next) {
         replica->failed_ns = w->patient ? replica->failed_ns : util_now_ns();
@@ -287,6 +330,14 @@ void replica_fail(struct replica *replica, int error, const char *reason)
         log_error("version %s: %s: %s", id, strerror(-error), reason);
     }
     replica_answer(replica->engine, failed, error);
+}
+
+void replica_late(struct replica *replica)
+{
+    pthread_mutex_lock(&replica->lock);
+    struct engine_waiter *gone = waiters_detach(replica, late);
+    pthread_mutex_unlock(&replica->lock);
+    replica_answer(replica->engine, gone, -ETIMEDOUT);
 }
 
 /* ---- digests ---- */

@@ -121,6 +121,8 @@ void replica_shard_settle(struct replica *replica, uint32_t shard, int status);
 /* Detaches every waiter and answers it with the error; the whole file is no longer wanted. Remembers the reason, and
  * logs it once when anybody wanted something. Takes the lock. */
 void replica_fail(struct replica *replica, int error, const char *reason);
+/* Answers those with -ETIMEDOUT that will not have all by when they want it (by_ns). Takes the lock. */
+void replica_late(struct replica *replica);
 /* NULL: none. Lock held. */
 void replica_reason_set(struct replica *replica, const char *reason);
 /* Answers waiters on a work thread: `list` is a detached chain by next. */

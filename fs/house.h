@@ -15,6 +15,7 @@
 struct inodes;
 struct fresh_files;
 struct parking;
+struct holds;
 struct through;
 struct opened;
 struct control;
@@ -28,7 +29,8 @@ struct house {
     struct engine *engine;
     struct inodes *inodes;
     struct fresh_files *fresh; /* being written on this node */
-    struct parking *parking;   /* reads that wait */
+    struct parking *parking;   /* requests that wait for bytes */
+    struct holds *holds;       /* opens that do */
     struct through *through;   /* files that the kernel reads by itself */
     struct control *control;
     struct exporter *exporter; /* metrics over HTTP; or NULL */

@@ -21,13 +21,14 @@
 #include "fs/control.h"
 #include "fs/exporter.h"
 #include "fs/fresh.h"
+#include "fs/hold.h"
 #include "fs/house.h"
 #include "fs/inode.h"
 #include "fs/mountpoint.h"
 #include "fs/notice.h"
 #include "fs/opened.h"
 #include "fs/options.h"
-#include "fs/read.h"
+#include "fs/parking.h"
 #include "fs/session.h"
 #include "fs/through.h"
 #include "meta/base/log.h"
@@ -209,6 +210,8 @@ static int open_files(struct house *house, const struct model_attr *root)
     if (rc == 0)
         rc = parking_open(&house->parking);
     if (rc == 0)
+        rc = holds_open(&house->holds);
+    if (rc == 0)
         rc = through_open(&house->through);
     if (rc == 0)
         rc = work_open(MAIN_CHORES, &house->chores);
@@ -248,6 +251,7 @@ static void quiet_files(struct house *house)
     pthread_mutex_unlock(&house->gate);
     work_close(notices);
     opened_close(house);
+    holds_close(house->holds);
     parking_close(house->parking);
     through_close(house->through);
 }

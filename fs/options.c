@@ -188,13 +188,9 @@ static int set_fetch(struct options_parse *p)
 
 static int set_open(struct options_parse *p)
 {
-    if (strcmp(p->value, "wait") == 0)
-        return refuse(
-            p->error,
-            "open=wait: this build cannot hold an open until the file is here; use open=stream, "
-            "and p2pfs wait before reading");
-    if (strcmp(p->value, "stream") != 0 && strcmp(p->value, "auto") != 0)
-        return refuse(p->error, "open=%s: use stream or auto", p->value);
+    if (strcmp(p->value, "stream") != 0 && strcmp(p->value, "wait") != 0 &&
+        strcmp(p->value, "auto") != 0)
+        return refuse(p->error, "open=%s: use stream, wait or auto", p->value);
     return text_set(&p->out->open, p->value);
 }
 
@@ -675,8 +671,8 @@ const struct options_entry options_table[] = {
      .summary = "pull the whole file at the first read (default), or only what is read",
      .set = set_fetch},
     {.name = "open",
-     .argument = "stream|auto",
-     .summary = "whether an open waits for the file (auto: it does not)",
+     .argument = "stream|wait|auto",
+     .summary = "whether an open waits for the file (default: auto, where that is faster)",
      .set = set_open},
     {.name = "read_timeout",
      .argument = "SECONDS",

@@ -4,63 +4,17 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <utlist.h>
 
 #include "fs/closer.h"
+#include "fs/format.h"
 #include "fs/fresh.h"
+#include "fs/hold.h"
+#include "fs/parking.h"
 #include "fs/reply.h"
 #include "fs/report.h"
 #include "fs/through.h"
 #include "fs/write.h"
 #include "meta/base/util.h"
-
-/* Which reads wait. */
-struct parking {
-    pthread_mutex_t lock;
-    pthread_cond_t empty;
-    struct parked *reads;
-};
-
-/* A read that may have to wait. It is answered once, by whoever takes it out of its phase:
- *
- *   STARTING -> (engine: ready) EARLY -> answered by the handler, which has not come round yet
- *   STARTING -> PARKED -> answered by `ready`, or by an interrupt that takes the waiter back
- *
- * Guarded by lock but for what is constant. The interrupt function runs with the request's lock
- * in libfuse held, so that lock comes before this one. */
-struct parked {
-    struct engine_waiter waiter;
-    struct house *house;   /* constant */
-    struct handle *handle; /* constant */
-    fuse_req_t req;        /* constant */
-    uint64_t offset;       /* constant */
-    size_t length;         /* constant */
-    pthread_mutex_t lock;
-    enum { PARKED_STARTING, PARKED_EARLY, PARKED_WAITING, PARKED_TAKEN } phase;
-    bool interrupted;
-    int status;
-    struct parked *prev, *next; /* of the parking, under its lock */
-};
-
-int parking_open(struct parking **out)
-{
-    struct parking *parking = calloc(1, sizeof(*parking));
-    if (parking == NULL)
-        return -ENOMEM;
-    pthread_mutex_init(&parking->lock, NULL);
-    pthread_cond_init(&parking->empty, NULL);
-    *out = parking;
-    return 0;
-}
-
-void parking_close(struct parking *parking)
-{
-    if (parking == NULL)
-        return;
-    pthread_cond_destroy(&parking->empty);
-    pthread_mutex_destroy(&parking->lock);
-    free(parking);
-}
 
 /* ---- opening ---- */
 
@@ -91,6 +45,8 @@ int read_handle_new(struct house *house, struct inode *inode, const struct fuse_
     }
     if (handle->writes)
         handle->opener = closer_process(caller->pid);
+    if (!handle->draft && !replica_here(handle->replica, 0, UINT64_MAX))
+        handle->format = format_of(house, inode);
     inode_hold(house->inodes, inode);
     opened_add(house, &handle->opened);
     *out = handle;
@@ -149,13 +105,20 @@ void read_open(fuse_req_t req, fuse_ino_t nodeid, struct fuse_file_info *fi)
     fi->keep_cache =
         1; /* a version's bytes never change, and a draft's change through the kernel only */
     fi->noflush = handle != NULL && !handle->writes;
-    if (rc == 0)
-        rc = through_try(req, house, handle, fi);
+    if (rc != 0)
+        reply_status(req, rc);
+    else if (!hold_open(req, house, handle, fi))
+        read_opened(req, house, handle, fi);
+}
+
+void read_opened(fuse_req_t req, struct house *house, struct handle *handle,
+                 struct fuse_file_info *fi)
+{
+    int rc = through_try(req, house, handle, fi);
     if (rc == 0 && (fi->flags & O_TRUNC) != 0)
-        rc = fresh_truncate(house, inode, 0);
+        rc = fresh_truncate(house, handle->inode, 0);
     if (rc != 0) {
-        if (handle != NULL)
-            read_handle_free(house, handle, req);
+        read_handle_free(house, handle, req);
         reply_status(req, rc);
     } else if (fuse_reply_open(req, fi) != 0) {
         read_handle_free(house, handle, NULL);
@@ -221,109 +184,12 @@ static void answer(struct house *house, fuse_req_t req, struct replica *replica,
         fuse_reply_buf(req, bytes, length);
 }
 
-static void parked_free(struct parked *parked)
-{
-    struct parking *parking = parked->house->parking;
-    pthread_mutex_lock(&parking->lock);
-    DL_DELETE(parking->reads, parked);
-    if (parking->reads == NULL)
-        pthread_cond_broadcast(&parking->empty);
-    pthread_mutex_unlock(&parking->lock);
-    pthread_mutex_destroy(&parked->lock);
-    free(parked);
-}
-
-/* Taken by the caller, which nobody else answers for any more. */
-static void parked_answer(struct parked *parked, int status)
+static void read_answer(const struct parked *parked, int status)
 {
     if (status != 0)
         reply_status(parked->req, status);
     else
         answer(parked->house, parked->req, parked->handle->replica, parked->offset, parked->length);
-    parked_free(parked);
-}
-
-static void parked_ready(struct engine_waiter *waiter, int status)
-{
-    struct parked *parked = util_container(waiter, struct parked, waiter);
-    pthread_mutex_lock(&parked->lock);
-    bool early = parked->phase == PARKED_STARTING;
-    parked->phase = early ? PARKED_EARLY : PARKED_TAKEN;
-    parked->status = status;
-    pthread_mutex_unlock(&parked->lock);
-    if (early)
-        return;
-    fuse_req_interrupt_func(parked->req, NULL, NULL); /* returns when no interrupt is under way */
-    parked_answer(parked, status);
-}
-
-/* True: the waiter was taken back, and the caller answers. Called with parked->lock. */
-static bool parked_take_back(struct parked *parked)
-{
-    if (parked->phase != PARKED_WAITING ||
-        !engine_read_cancel(parked->house->engine, &parked->waiter))
-        return false;
-    parked->phase = PARKED_TAKEN;
-    return true;
-}
-
-static void parked_interrupt(fuse_req_t req, void *arg)
-{
-    struct parked *parked = arg;
-    (void)req;
-    pthread_mutex_lock(&parked->lock);
-    parked->interrupted = true;
-    bool taken = parked_take_back(parked);
-    pthread_mutex_unlock(&parked->lock);
-    if (taken)
-        parked_answer(parked, -EINTR);
-}
-
-/* The engine has the waiter: lets interrupts reach it, and answers what was ready before that. */
-static void parked_wait(struct parked *parked)
-{
-    fuse_req_interrupt_func(parked->req, parked_interrupt, parked);
-    pthread_mutex_lock(&parked->lock);
-    if (parked->phase == PARKED_EARLY) {
-        pthread_mutex_unlock(&parked->lock);
-        fuse_req_interrupt_func(parked->req, NULL, NULL);
-        parked_answer(parked, parked->status);
-        return;
-    }
-    parked->phase = PARKED_WAITING;
-    bool taken = parked->interrupted && parked_take_back(parked);
-    fuse_req_t req = parked->req;
-    pthread_mutex_unlock(&parked->lock);
-    if (taken) {
-        fuse_req_interrupt_func(req, NULL, NULL);
-        parked_answer(parked, -EINTR);
-    }
-}
-
-static void read_start(fuse_req_t req, struct house *house, struct handle *handle, uint64_t offset,
-                       size_t length)
-{
-    struct parked *parked = calloc(1, sizeof(*parked));
-    if (parked == NULL) {
-        reply_status(req, -ENOMEM);
-        return;
-    }
-    *parked = (struct parked){.waiter.ready = parked_ready,
-                              .house = house,
-                              .handle = handle,
-                              .req = req,
-                              .offset = offset,
-                              .length = length};
-    pthread_mutex_init(&parked->lock, NULL);
-    pthread_mutex_lock(&house->parking->lock);
-    DL_APPEND(house->parking->reads, parked);
-    pthread_mutex_unlock(&house->parking->lock);
-
-    int rc = engine_read(house->engine, handle->replica, offset, length, &parked->waiter);
-    if (rc == -EINPROGRESS)
-        parked_wait(parked);
-    else
-        parked_answer(parked, rc);
 }
 
 void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
@@ -345,30 +211,11 @@ void read_read(fuse_req_t req, fuse_ino_t nodeid, size_t size, off_t offset,
     if (handle->draft)
         answer(house, req, handle->replica, offset, length);
     else
-        read_start(req, house, handle, offset, length);
-}
-
-void parking_clear(struct parking *parking)
-{
-    if (parking == NULL)
-        return;
-    pthread_mutex_lock(&parking->lock);
-    struct parked *parked = parking->reads;
-    while (parked != NULL) {
-        pthread_mutex_lock(&parked->lock);
-        bool taken = parked_take_back(parked);
-        pthread_mutex_unlock(&parked->lock);
-        if (taken) {
-            pthread_mutex_unlock(&parking->lock);
-            fuse_req_interrupt_func(parked->req, NULL, NULL);
-            parked_answer(parked, -EIO);
-            pthread_mutex_lock(&parking->lock);
-            parked = parking->reads; /* the list has changed meanwhile */
-        } else {
-            parked = parked->next; /* it is being answered */
-        }
-    }
-    while (parking->reads != NULL)
-        pthread_cond_wait(&parking->empty, &parking->lock);
-    pthread_mutex_unlock(&parking->lock);
+        parking_wait(&(struct parked){.house = house,
+                                      .handle = handle,
+                                      .req = req,
+                                      .offset = offset,
+                                      .length = length,
+                                      .waiter.peek = format_peek(house, handle, offset),
+                                      .answer = read_answer});
 }

@@ -177,8 +177,8 @@ static int try_locked(fuse_req_t req, struct through *through, struct handle *ha
         return -EIO;
     /* A twin sends nobody on: the kernel looks a name up again once, then its caller gets ESTALE. */
     if (io->buffered > 0 && fd >= 0 && through->enabled && handle->inode->key.twin == 0 &&
-        !atomic_exchange(&io->twin_wanted, true))
-        return -ESTALE;
+        (!atomic_exchange(&io->twin_wanted, true) || handle->held))
+        return -ESTALE; /* who was held has not been sent on yet */
     if (io->through == 0 && io->buffered == 0 && fd >= 0 && through->enabled)
         io->backing = backing_open(through, req, fd);
     if (io->backing == 0) {

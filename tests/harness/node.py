@@ -166,7 +166,10 @@ class Node:
             fuse.force_unmount(self.dir)
 
     def pause(self):
+        """Stops it; on a busy machine the last of its threads goes on for a while after the signal."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        eventually(lambda: all(") T" in (task / "stat").read_text() for task in tasks.iterdir()))
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)

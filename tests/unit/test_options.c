@@ -67,7 +67,7 @@ static void every_value_lands(void **state)
 {
     struct options out = accepted(
         "node=gpu1,listen=[::1]:7000,advertise=10.0.0.1,transport=tcp,shard_size=2M,cache_size=3G,"
-        "cache_dir=/var/cache,fetch=demand,open=stream,read_timeout=5,orphan_ttl=0,"
+        "cache_dir=/var/cache,fetch=demand,open=wait,read_timeout=5,orphan_ttl=0,"
         "tcp_congestion=cubic,digest=sha256,allow_overwrite,credentials=/c,secret_file=/s,"
         "encryption=off,locality=z1/r2,log_level=debug,seed=idle,max_upload=10M,max_download=1.5G");
     assert_string_equal(out.node, "gpu1");
@@ -77,6 +77,7 @@ static void every_value_lands(void **state)
     assert_int_equal(out.cache_size, 3ull << 30);
     assert_string_equal(out.cache_dir, "/var/cache");
     assert_false(out.fetch_whole);
+    assert_string_equal(out.open, "wait");
     assert_int_equal(out.read_timeout_s, 5);
     assert_int_equal(out.orphan_ttl_s, 0);
     assert_string_equal(out.tcp_congestion, "cubic");
@@ -217,7 +218,7 @@ static void unknown_options_get_a_suggestion(void **state)
 static void what_this_build_cannot_do_is_refused_with_a_way_out(void **state)
 {
     refused("encryption=required", "encryption=required", "encryption=off");
-    refused("open=wait", "open=wait", "open=stream");
+    refused("open=later", "open=later", "wait");
     for (const struct options_entry *entry = options_table; entry->name != NULL; entry++) {
         assert_true((entry->refused == NULL) != (entry->set == NULL));
         if (entry->refused != NULL)
