@@ -19,8 +19,7 @@
 #define PULL_LOOK_LAST_NS 5000000000ull
 #define PULL_QUIET_NS     500000000ull /* nothing came for so long: look again */
 #define PULL_REVIEW_NS    500000000ull /* how often the neighbours are compared */
-#define PULL_LANE_FLOOR   3            /* shards on their way on one lane: at least, */
-#define PULL_LANE_CEILING 16           /* and at most */
+#define PULL_LANE_CEILING 16           /* shards on their way on one lane, at most */
 
 static bool pull_home(const struct pull *pull)
 {
@@ -82,6 +81,14 @@ static struct pull *pull_find(struct lane *lane, const struct replica *replica)
         }
     }
     return NULL;
+}
+
+/* The lanes share what is on its way at least; but one that has less than the least stands still now and then. */
+static uint16_t lane_floor(const struct replica *replica)
+{
+    unsigned lanes = replica->engine->lane_count;
+    unsigned share = (spread_width(replica->shards) + lanes - 1) / lanes;
+    return (uint16_t)(share > SPREAD_WIDTH_LEAST ? share : SPREAD_WIDTH_LEAST);
 }
 
 static void look_run(struct lane *lane, void *arg)
@@ -240,7 +247,7 @@ static void pull_run(struct lane *lane, void *arg)
         }
         pull->lane = lane;
         pull->replica = replica;
-        pull->window = spread_window_new(PULL_LANE_FLOOR, PULL_LANE_CEILING);
+        pull->window = spread_window_new(lane_floor(replica), PULL_LANE_CEILING);
         pull->room_request = room_request;
         pull->look_wait_ns = PULL_LOOK_FIRST_NS;
         pull->look_ns = loop_now_ns(lane->loop) + PULL_LOOK_FIRST_NS;

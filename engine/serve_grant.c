@@ -375,7 +375,9 @@ static void ask_admit(struct session *s, struct follow *follow, const struct wir
                             .shard = message->shard,
                             .serial = ++s->lane->session_serial,
                             .replica = follow->replica,
-                            .ask = {.urgent = message->urgent, .progress = message->progress},
+                            .ask = {.urgent = message->urgent,
+                                    .progress = message->progress,
+                                    .shards = follow->replica->shards},
                             .session = s};
     uint32_t advice[GRANT_ADVICE];
     uint32_t count;

@@ -8,11 +8,14 @@
 #define SLOTS_PATIENCE_MIN_MS  250
 #define SLOTS_PATIENCE_MAX_MS  5000
 #define SLOTS_PATIENCE_UNKNOWN 1000
-#define SLOTS_PROMISE          4 /* times the patience: what has not landed then may go to others as well */
+#define SLOTS_PATIENCE         32 /* usual times of a shard that is alone on its way */
+#define SLOTS_LONGER           4 /* times the patience, for promises and while there is something fresh */
 
 struct slots slots_new(void)
 {
-    return (struct slots){.window = spread_window_new(SLOTS_FLOOR, SLOTS_CEILING)};
+    struct slots slots = {.window = spread_window_new(SPREAD_WIDTH_LEAST, SLOTS_CEILING)};
+    slots.window.width = SLOTS_START;
+    return slots;
 }
 
 bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *ask)
@@ -21,6 +24,7 @@ bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *a
     if (peer->waiting >= most) {
         return false;
     }
+    slots->window.floor = spread_width(ask->shards);
     ask->peer = peer;
     ask->state = SLOTS_WAITING;
     peer->progress = ask->progress;
@@ -151,6 +155,9 @@ void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool
         break;
     }
     ask->state = SLOTS_IDLE;
+    if (slots->granted_count == 0 && slots->waiting_count == 0) {
+        slots->window.width = SLOTS_START;
+    }
 }
 
 void slots_overdue(struct slots *slots, uint64_t now_ns)
@@ -167,7 +174,9 @@ void slots_overdue(struct slots *slots, uint64_t now_ns)
 
 uint32_t slots_patience_ms(const struct slots *slots)
 {
-    uint64_t ms = slots->usual_ns ? slots->usual_ns * 8 / 1000000 : SLOTS_PATIENCE_UNKNOWN;
+    uint16_t width = slots->window.width;
+    uint64_t alone_ns = slots->usual_ns / (width > SPREAD_WIDTH_LEAST ? width : SPREAD_WIDTH_LEAST);
+    uint64_t ms = alone_ns ? alone_ns * SLOTS_PATIENCE / 1000000 : SLOTS_PATIENCE_UNKNOWN;
     if (ms < SLOTS_PATIENCE_MIN_MS) {
         return SLOTS_PATIENCE_MIN_MS;
     }
@@ -214,7 +223,8 @@ uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t
     if (entry->to == 0 || entry->to == to) {
         return 0;
     }
-    uint64_t end = entry->since_ms + (uint64_t)patience_ms * (entry->promised ? SLOTS_PROMISE : 1);
+    bool longer = entry->promised || book->fresh > 0;
+    uint64_t end = entry->since_ms + (uint64_t)patience_ms * (longer ? SLOTS_LONGER : 1);
     uint64_t wait = now_ms < end ? end - now_ms : 0;
     return wait < patience_ms ? (uint32_t)wait : patience_ms;
 }

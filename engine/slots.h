@@ -3,12 +3,12 @@
  * Decides only, like spread.h: the caller locks, and brings the time along.
  *
  * Slots: one for each shard that is granted and not done, over all links of the node. Their number follows the time
- * that shards take: few on a link that is full, so that what is granted arrives soon and can be passed on, many where
- * shards come and go in milliseconds. Asks beyond them wait in a short queue per peer; a free slot goes to the peer
- * that has the fewest, then to the one that is furthest behind with the version, so that all end together, then to the
- * one that waited longest; readers' asks go before background. A grant that takes far
- * longer than usual no longer counts, and who has several of them gets no more, so slow and stopped peers cannot hold
- * what others need.
+ * that shards take: spread_width() on a link that is full, many where shards come and go in milliseconds. A node that
+ * was idle begins with very few: the first shards of a version are what everybody waits for. Asks beyond them wait in a
+ * short queue per peer; a free slot goes to the peer that has the fewest, then to the one that is furthest behind with
+ * the version, so that all end together, then to the one that waited longest; readers' asks go before background. A
+ * grant that takes far longer than usual no longer counts, and who has several of them gets no more, so slow and stopped
+ * peers cannot hold what others need.
  *
  *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
  *
@@ -20,7 +20,7 @@
 
 #include "engine/spread.h"
 
-#define SLOTS_FLOOR        4
+#define SLOTS_START        2 /* after having been idle; one more with each that is done */
 #define SLOTS_CEILING      64
 #define SLOTS_TRICKLE_NS   1000000000ull
 #define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue, */
@@ -35,6 +35,7 @@ struct slots_peer;
 struct slots_ask {    /* the caller's memory; all zero is IDLE */
     bool urgent;      /* set by the caller: a reader waits for it */
     uint8_t progress; /* set by the caller: how much of the version its peer has, in coarse steps */
+    uint32_t shards;  /* set by the caller: of the version */
     enum slots_state state;
     struct slots_peer *peer;
     uint64_t since_ns; /* granted */
@@ -87,7 +88,8 @@ struct slots_book;
 int slots_book_open(uint32_t shards, struct slots_book **book); /* 0, -ENOMEM */
 void slots_book_close(struct slots_book *book);                 /* NULL is harmless */
 /* Milliseconds for which `to` (any number that tells peers apart, not 0) should not get the shard, since another one
- * has it or gets it; 0: it may. A promise counts for a few times the patience, whatever becomes of it. */
+ * has it or gets it; 0: it may. The patience counts a few times for a promise, whatever becomes of it, and for all while
+ * there are shards that nobody has got: a repeat delays one of those for everybody. */
 uint32_t slots_book_wait(const struct slots_book *book, uint32_t shard, uint32_t to,
                          uint64_t now_ms, uint32_t patience_ms);
 /* `to` gets it. */

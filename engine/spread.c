@@ -9,6 +9,7 @@
 #define SPREAD_FEW             64
 #define SPREAD_QUICK_NS        15000000ull  /* a window opens below, */
 #define SPREAD_SLOW_NS         120000000ull /* and closes above */
+#define SPREAD_WIDTH_PART      28           /* of a version */
 #define SPREAD_HUNGRY_NS       60000000ull
 #define SPREAD_STARVED_NS      10000000000ull /* and whatever is usual */
 #define SPREAD_RACK_STEP       4              /* usual times of a shard */
@@ -384,6 +385,15 @@ bool spread_hungry(uint64_t ns, uint64_t usual_ns)
 
 /* ---- how much at once ---- */
 
+uint16_t spread_width(uint32_t shards)
+{
+    uint32_t width = shards / SPREAD_WIDTH_PART;
+    if (width < SPREAD_WIDTH_LEAST) {
+        return SPREAD_WIDTH_LEAST;
+    }
+    return width < SPREAD_WIDTH_MOST ? (uint16_t)width : SPREAD_WIDTH_MOST;
+}
+
 struct spread_window spread_window_new(uint16_t floor, uint16_t ceiling)
 {
     return (struct spread_window){.width = floor, .floor = floor, .ceiling = ceiling};
@@ -391,7 +401,8 @@ struct spread_window spread_window_new(uint16_t floor, uint16_t ceiling)
 
 void spread_window_took(struct spread_window *window, uint64_t ns)
 {
-    if (ns < SPREAD_QUICK_NS && window->width < window->ceiling) {
+    bool opens = ns < SPREAD_QUICK_NS || window->width < window->floor;
+    if (opens && window->width < window->ceiling) {
         window->width++;
     } else if (ns > SPREAD_SLOW_NS && window->width > window->floor) {
         window->width--;

@@ -95,8 +95,15 @@ uint32_t spread_next(const struct spread *spread, const struct spread_want *want
  * it asked wherever it could. At once, the registrar would send again what is just being passed on. */
 bool spread_hungry(uint64_t ns, uint64_t usual_ns);
 
-/* How much may be on its way at once: a window in shards that opens while shards come quickly (the path has room) and
- * closes down to its floor while they take long (they queue somewhere). */
+/* How many shards of a version are on their way at least, out of a holder and to a puller. Few arrive soon and are passed
+ * on, which counts most where a version has few; but whoever has few has none to go on with while the link at their
+ * other end is full, so where each is a small part of the whole there are more. */
+#define SPREAD_WIDTH_LEAST 3
+#define SPREAD_WIDTH_MOST  9
+uint16_t spread_width(uint32_t shards);
+
+/* How much may be on its way at once: a window in shards that opens while shards come quickly (the path has room), or
+ * while it is below its floor, and closes down to its floor while they take long (they queue somewhere). */
 struct spread_window {
     uint16_t width;
     uint16_t floor;

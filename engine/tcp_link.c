@@ -343,6 +343,7 @@ static void slice_over(struct tcp_link *link)
         return;
     }
     uint32_t id = e->id;
+    tcp_socket_fit(link->watch.fd, e->sent, util_now_ns() - e->since_ns, &link->unsent);
     exposure_quiet(link, e, false);
     if (link->state == TCP_OPEN)
         link->base.transport->events->exposed_sent(&link->base, id);

@@ -85,7 +85,8 @@ struct tcp_link {
     bool dead;
     bool told; /* `down` has been called */
     struct loop_watch watch;
-    bool blocked; /* the socket takes no more: POLLOUT tells when it does */
+    bool blocked;    /* the socket takes no more: POLLOUT tells when it does */
+    uint32_t unsent; /* tcp_socket_fit */
     struct tcp_pace out, in;
 
     struct tcp_addresses addresses; /* outgoing: to try, from address_next on */

@@ -14,7 +14,9 @@
 #include "meta/base/util.h"
 
 #define BUFFER_BYTES (4 << 20)
-#define UNSENT_BYTES (1 << 20) /* more stays with us: a message need not wait behind 4 MiB */
+#define UNSENT_MOST  (1 << 20) /* more stays with us: a message need not wait behind 4 MiB */
+#define UNSENT_LEAST (128 << 10)
+#define UNSENT_NS    10000000 /* what leaves within so long, within these bounds */
 #define BACKLOG      512
 #define LOCAL_CONGESTION \
     "reno" /* bbr paces, which costs 4/5 of the speed inside one machine; needs no privilege */
@@ -219,12 +221,24 @@ static void options_set(const struct tcp_tuning *tuning, int fd)
     buffer_set(fd, SO_SNDBUFFORCE, SO_SNDBUF, "/proc/sys/net/core/wmem_max", tuning->buffer_bytes);
     buffer_set(fd, SO_RCVBUFFORCE, SO_RCVBUF, "/proc/sys/net/core/rmem_max", tuning->buffer_bytes);
     option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
-    option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES);
+    option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_LEAST);
     option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, GONE_MS);
     option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
     option(fd, IPPROTO_TCP, TCP_KEEPIDLE, PROBE_AFTER_S);
     option(fd, IPPROTO_TCP, TCP_KEEPINTVL, PROBE_EVERY_S);
     option(fd, IPPROTO_TCP, TCP_KEEPCNT, PROBES);
+}
+
+void tcp_socket_fit(int fd, uint64_t bytes, uint64_t ns, uint32_t *unsent)
+{
+    uint64_t now = *unsent ? *unsent : UNSENT_LEAST;
+    /* The kernel took so much at once; only the rest had to wait for the link. Where there was no rest, less tells. */
+    uint64_t most = bytes > now ? (bytes - now) * UNSENT_NS / (ns + 1) : now / 2;
+    most = most > UNSENT_MOST ? UNSENT_MOST : most < UNSENT_LEAST ? UNSENT_LEAST : most;
+    if (most * 2 > now && most < now * 2)
+        return;
+    *unsent = (uint32_t)most;
+    option(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, (int)most);
 }
 
 /* The queues of this host and of the network take everything else first. The priority comes last: IP_TOS sets it too. */

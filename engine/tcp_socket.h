@@ -41,5 +41,9 @@ int tcp_socket_listen(const struct tcp_tuning *tuning, const struct tcp_address 
 int tcp_socket_connect(const struct tcp_tuning *tuning, const struct tcp_address *address);
 void tcp_socket_accepted(const struct tcp_tuning *tuning,
                          int fd); /* gives an accepted one its options */
+/* So many bytes went into the socket in so long: how much of what follows the kernel takes before it is sent. Little on
+ * a slow link, where a message would wait behind it; more on a quick one, which would run dry. *unsent: the caller keeps
+ * it for the socket, 0 at first. */
+void tcp_socket_fit(int fd, uint64_t bytes, uint64_t ns, uint32_t *unsent);
 
 #endif

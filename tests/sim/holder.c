@@ -132,6 +132,7 @@ void holder_ask(struct sim *sim, struct sim_fill *fill)
         return;
     }
     fill->ask.progress = (uint8_t)((uint64_t)conn->puller->present * 64 / sim->shards);
+    fill->ask.shards = sim->shards;
     if (!slots_ask(&node->slots, &conn->slots, &fill->ask)) {
         if (fill->promised) {
             slots_book_settle(node->book, fill->shard, mark_of(conn), ms_of(sim), false);

@@ -22,7 +22,6 @@
 #define SIM_TICK_NS       50000000ull  /* engine/lane.h */
 #define SIM_REVIEW_NS     500000000ull /* engine/pull.c, and so on */
 #define SIM_LOOK_FIRST_NS 250000000ull
-#define SIM_LANE_FLOOR    3
 #define SIM_LANE_CEILING  16
 
 struct sim_options {

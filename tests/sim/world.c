@@ -226,7 +226,7 @@ static void node_init(struct sim *sim, uint32_t id)
     if (!node->known || spread_open(sim->shards, &node->spread) < 0) {
         abort();
     }
-    node->window = spread_window_new(SIM_LANE_FLOOR, SIM_LANE_CEILING);
+    node->window = spread_window_new(spread_width(sim->shards), SIM_LANE_CEILING);
     sim_at(sim, random_below(sim, (double)o->spread_ns), SIM_BEGIN, node, 0, 0);
 }
 

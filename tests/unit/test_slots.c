@@ -12,31 +12,62 @@
 
 #define MS 1000000ull
 
-static void beyond_the_slots_asks_wait_and_a_free_slot_goes_on(void **state)
+/* Of a node that has been giving for a while. */
+static struct slots slots_busy(void)
 {
     struct slots slots = slots_new();
+    slots.window.width = SPREAD_WIDTH_LEAST;
+    return slots;
+}
+
+static void beyond_the_slots_asks_wait_and_a_free_slot_goes_on(void **state)
+{
+    struct slots slots = slots_busy();
     struct slots_peer peer = {0};
-    struct slots_ask asks[SLOTS_FLOOR + 2] = {0};
-    for (unsigned i = 0; i < SLOTS_FLOOR + 2; i++) {
+    struct slots_ask asks[SPREAD_WIDTH_LEAST + 2] = {0};
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST + 2; i++) {
         assert_true(slots_ask(&slots, &peer, &asks[i]));
     }
-    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
         assert_ptr_equal(slots_next(&slots, 0), &asks[i]);
     }
     assert_null(slots_next(&slots, 0));
-    slots_end(&slots, &asks[SLOTS_FLOOR], 0, false); /* given up while it waits */
+    slots_end(&slots, &asks[SPREAD_WIDTH_LEAST], 0, false); /* given up while it waits */
     assert_null(slots_next(&slots, 0));
     slots_end(&slots, &asks[1], 200 * MS, true);
-    assert_ptr_equal(slots_next(&slots, 200 * MS), &asks[SLOTS_FLOOR + 1]);
+    assert_ptr_equal(slots_next(&slots, 200 * MS), &asks[SPREAD_WIDTH_LEAST + 1]);
     assert_null(slots_next(&slots, 200 * MS));
     assert_int_equal(asks[1].state, SLOTS_IDLE);
     assert_int_equal(slots.waiting_count, 0);
 }
 
+static void who_was_idle_begins_with_few_slots(void **state)
+{
+    const unsigned most = 10; /* of a version of 280 shards: */
+    assert_true(spread_width(280) < most && spread_width(280) > SLOTS_START);
+    struct slots slots = slots_new();
+    struct slots_peer peer = {0};
+    struct slots_ask asks[40] = {0};
+    for (unsigned again = 0; again < 2; again++) {
+        for (unsigned i = 0; i < 40; i++) {
+            asks[i].shards = 280;
+            assert_true(slots_ask(&slots, &peer, &asks[i]));
+        }
+        for (unsigned i = 0; i < 40; i++) {
+            while (slots_next(&slots, i * 50 * MS)) {
+            }
+            unsigned width = SLOTS_START + i;
+            width = width < spread_width(280) ? width : spread_width(280);
+            assert_int_equal(slots.granted_count, width < 40 - i ? width : 40 - i);
+            slots_end(&slots, &asks[i], (i + 1) * 50 * MS, true);
+        }
+    }
+}
+
 /* One peer that asks for much does not keep another waiting. */
 static void slots_go_round_the_peers(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peers[3] = {0};
     struct slots_ask asks[3][40] = {0};
     for (unsigned p = 0; p < 3; p++) {
@@ -44,18 +75,18 @@ static void slots_go_round_the_peers(void **state)
             assert_true(slots_ask(&slots, &peers[p], &asks[p][i]));
         }
     }
-    struct slots_ask *running[SLOTS_FLOOR];
-    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+    struct slots_ask *running[SPREAD_WIDTH_LEAST];
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
         running[i] = slots_next(&slots, 0);
         assert_non_null(running[i]);
     }
     unsigned got[3] = {0};
     for (unsigned round = 0; round < 24; round++) {
-        struct slots_ask *ended = running[round % SLOTS_FLOOR];
+        struct slots_ask *ended = running[round % SPREAD_WIDTH_LEAST];
         got[ended->peer - peers]++;
         slots_end(&slots, ended, 50 * MS, true);
-        running[round % SLOTS_FLOOR] = slots_next(&slots, 50 * MS);
-        assert_non_null(running[round % SLOTS_FLOOR]);
+        running[round % SPREAD_WIDTH_LEAST] = slots_next(&slots, 50 * MS);
+        assert_non_null(running[round % SPREAD_WIDTH_LEAST]);
     }
     for (unsigned p = 0; p < 3; p++) {
         assert_in_range(got[p], 7, 9);
@@ -65,7 +96,7 @@ static void slots_go_round_the_peers(void **state)
 /* Among those that have equally little, so that nobody is left with the last shards. */
 static void who_is_behind_goes_first(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peers[3] = {0};
     struct slots_ask asks[3] = {{.progress = 60}, {.progress = 20}, {.progress = 40}};
     for (unsigned p = 0; p < 3; p++) {
@@ -78,7 +109,7 @@ static void who_is_behind_goes_first(void **state)
 
 static void a_reader_goes_before_background(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peers[2] = {0};
     struct slots_ask asks[20] = {0};
     for (unsigned i = 0; i < 20; i++) {
@@ -102,7 +133,7 @@ static void a_reader_goes_before_background(void **state)
 /* A stopped peer's asks do not take one slot after the other. */
 static void who_stands_still_gets_no_more(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peers[2] = {0};
     struct slots_ask asks[2][40] = {0};
     for (unsigned i = 0; i < 40; i++) {
@@ -134,32 +165,32 @@ static void who_stands_still_gets_no_more(void **state)
 /* Large shards on a slow link: nobody stands still, and no more are granted than there are slots. */
 static void where_all_are_slow_none_is_overdue(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peer = {0};
-    struct slots_ask asks[SLOTS_FLOOR * 2] = {0};
-    for (unsigned i = 0; i < SLOTS_FLOOR * 2; i++) {
+    struct slots_ask asks[SPREAD_WIDTH_LEAST * 2] = {0};
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST * 2; i++) {
         assert_true(slots_ask(&slots, &peer, &asks[i]));
     }
     while (slots_next(&slots, 0)) {
     }
     slots_overdue(&slots, 3000 * MS);
-    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
         slots_end(&slots, &asks[i], 3000 * MS, true);
     }
     while (slots_next(&slots, 3000 * MS)) {
     }
     slots_overdue(&slots, 6000 * MS);
     assert_int_equal(slots.overdue_count, 0);
-    assert_int_equal(slots.granted_count, SLOTS_FLOOR);
+    assert_int_equal(slots.granted_count, SPREAD_WIDTH_LEAST);
 }
 
 static void who_never_says_done_holds_no_slot(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peers[2] = {0};
-    struct slots_ask asks[2][SLOTS_FLOOR] = {0};
+    struct slots_ask asks[2][SPREAD_WIDTH_LEAST] = {0};
     for (unsigned p = 0; p < 2; p++) {
-        for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
             assert_true(slots_ask(&slots, &peers[p], &asks[p][i]));
         }
         if (p == 0) {
@@ -170,12 +201,12 @@ static void who_never_says_done_holds_no_slot(void **state)
     slots_overdue(&slots, 500 * MS);
     assert_null(slots_next(&slots, 500 * MS));
     slots_overdue(&slots, 1500 * MS);
-    for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+    for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
         assert_ptr_equal(slots_next(&slots, 1500 * MS), &asks[1][i]);
     }
     slots_end(&slots, &asks[0][0], 9000 * MS, true); /* late is still fine */
     for (unsigned p = 0; p < 2; p++) {
-        for (unsigned i = 0; i < SLOTS_FLOOR; i++) {
+        for (unsigned i = 0; i < SPREAD_WIDTH_LEAST; i++) {
             slots_end(&slots, &asks[p][i], 9000 * MS, false);
         }
     }
@@ -185,20 +216,21 @@ static void who_never_says_done_holds_no_slot(void **state)
 
 static void slots_grow_while_shards_are_quick(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peer = {0};
-    struct slots_ask ask = {0};
+    struct slots_ask asks[2] = {0};
+    assert_true(slots_ask(&slots, &peer, &asks[0]));
     for (unsigned i = 0; i < 200; i++) {
-        assert_true(slots_ask(&slots, &peer, &ask));
-        assert_ptr_equal(slots_next(&slots, i * MS), &ask);
-        slots_end(&slots, &ask, i * MS + 1, true);
+        assert_true(slots_ask(&slots, &peer, &asks[(i + 1) % 2]));
+        assert_ptr_equal(slots_next(&slots, i * MS), &asks[i % 2]);
+        slots_end(&slots, &asks[i % 2], i * MS + 1, true);
     }
     assert_int_equal(slots.window.width, SLOTS_CEILING);
 }
 
 static void a_full_queue_says_so(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peer = {0};
     struct slots_ask asks[SLOTS_WAITING_PEER + 1] = {0};
     for (unsigned i = 0; i < SLOTS_WAITING_PEER; i++) {
@@ -214,7 +246,7 @@ static void many_greedy_peers_keep_no_other_out(void **state)
     enum { GREEDY = 160 };
     static struct slots_peer greedy[GREEDY], modest;
     static struct slots_ask asks[GREEDY][SLOTS_WAITING_PEER], ask[2];
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     unsigned queued = 0;
     for (unsigned i = 0; i < GREEDY * SLOTS_WAITING_PEER; i++) {
         unsigned p = i / SLOTS_WAITING_PEER;
@@ -238,7 +270,7 @@ static void many_stopped_peers_keep_no_other_out(void **state)
     enum { STOPPED = 300 };
     static struct slots_peer stopped[STOPPED], other;
     static struct slots_ask asks[STOPPED][2 * SLOTS_OVERDUE_PEER], ask[3];
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     uint64_t now = 0;
     for (unsigned i = 0; i < STOPPED * 2 * SLOTS_OVERDUE_PEER; i++) {
         assert_true(slots_ask(&slots, &stopped[i % STOPPED], &asks[i % STOPPED][i / STOPPED]));
@@ -266,8 +298,9 @@ static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
     assert_int_equal(slots_book_wait(book, 7, 2, 0, 300), 300); /* on its way to 1 */
     assert_int_equal(slots_book_wait(book, 7, 1, 0, 300), 0);   /* who asks for it again gets it */
     slots_book_settle(book, 7, 1, 1000, true);
-    assert_int_equal(slots_book_wait(book, 7, 2, 1100, 300), 200);
-    assert_int_equal(slots_book_wait(book, 7, 2, 1300, 300), 0); /* 1 does not pass it on */
+    assert_int_equal(slots_book_wait(book, 7, 2, 1100, 300), 300);
+    assert_int_equal(slots_book_wait(book, 7, 2, 2100, 300), 100);
+    assert_int_equal(slots_book_wait(book, 7, 2, 2200, 300), 0); /* 1 does not pass it on */
 
     slots_book_promise(book, 8, 1, 0);
     assert_int_equal(slots_book_fresh(book), 98);
@@ -278,6 +311,19 @@ static void each_shard_is_handed_out_once_before_one_is_repeated(void **state)
     slots_book_promise(book, 7, 2, 0); /* a repeat that comes to nothing: 1 still has it */
     slots_book_settle(book, 7, 2, 2000, false);
     assert_int_equal(slots_book_fresh(book), 99);
+    slots_book_close(book);
+}
+
+static void when_all_have_been_handed_out_a_repeat_waits_less(void **state)
+{
+    struct slots_book *book;
+    assert_int_equal(slots_book_open(2, &book), 0);
+    for (uint32_t k = 0; k < 2; k++) {
+        slots_book_promise(book, k, 1, 0);
+        slots_book_settle(book, k, 1, 1000, true);
+    }
+    assert_int_equal(slots_book_wait(book, 0, 2, 1100, 300), 200);
+    assert_int_equal(slots_book_wait(book, 0, 2, 1300, 300), 0);
     slots_book_close(book);
 }
 
@@ -294,7 +340,7 @@ static void a_promise_does_not_hold_for_ever(void **state)
     slots_book_settle(book, 3, 1, 2300, false);
     assert_int_equal(slots_book_wait(book, 3, 4, 2300, 300), 300); /* 2 has it now */
     slots_book_settle(book, 3, 2, 2400, true);
-    assert_int_equal(slots_book_wait(book, 3, 4, 2500, 300), 200);
+    assert_int_equal(slots_book_wait(book, 3, 4, 3500, 300), 100);
     slots_book_close(book);
 }
 
@@ -327,7 +373,7 @@ static void advice_names_what_nobody_has(void **state)
 /* A reader is served at once; background one at a time, and slowly while the node has work of its own. */
 static void an_idle_seeder_goes_behind_everything(void **state)
 {
-    struct slots slots = slots_new();
+    struct slots slots = slots_busy();
     struct slots_peer peer = {0};
     struct slots_ask normal[4] = {0};
     struct slots_ask urgent[2] = {{.urgent = true}, {.urgent = true}};
@@ -362,6 +408,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(beyond_the_slots_asks_wait_and_a_free_slot_goes_on),
+        cmocka_unit_test(who_was_idle_begins_with_few_slots),
         cmocka_unit_test(slots_go_round_the_peers),
         cmocka_unit_test(an_idle_seeder_goes_behind_everything),
         cmocka_unit_test(who_is_behind_goes_first),
@@ -374,6 +421,7 @@ int main(void)
         cmocka_unit_test(many_greedy_peers_keep_no_other_out),
         cmocka_unit_test(many_stopped_peers_keep_no_other_out),
         cmocka_unit_test(each_shard_is_handed_out_once_before_one_is_repeated),
+        cmocka_unit_test(when_all_have_been_handed_out_a_repeat_waits_less),
         cmocka_unit_test(a_promise_does_not_hold_for_ever),
         cmocka_unit_test(advice_names_what_nobody_has),
     };

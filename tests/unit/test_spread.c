@@ -404,6 +404,9 @@ static void who_has_room_reaches_further_until_near_ones_bring_enough(void **sta
 
 static void windows_open_when_it_is_quick_and_close_when_it_is_slow(void **state)
 {
+    assert_int_equal(spread_width(1), SPREAD_WIDTH_LEAST);
+    assert_true(spread_width(128) < spread_width(256));
+    assert_int_equal(spread_width(UINT32_MAX), SPREAD_WIDTH_MOST);
     struct spread_window window = spread_window_new(4, 64);
     assert_int_equal(window.width, 4);
     for (unsigned i = 0; i < 100; i++) {
@@ -416,6 +419,11 @@ static void windows_open_when_it_is_quick_and_close_when_it_is_slow(void **state
         spread_window_took(&window, 1000000000);
     }
     assert_int_equal(window.width, 4);
+    window.floor = 6;
+    for (int i = 0; i < 4; i++) {
+        spread_window_took(&window, 1000000000);
+    }
+    assert_int_equal(window.width, 6);
 }
 
 static void near_neighbours_are_preferred_and_a_few_far_ones_kept(void **state)
