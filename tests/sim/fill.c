@@ -8,7 +8,6 @@
 #define SOURCE_AGAIN_FIRST_MS 100
 #define SOURCE_AGAIN_LAST_MS  30000
 #define FILL_MOVE_NS          100000000ull
-#define MOVE_MAX              (SPREAD_NEIGHBOURS * SIM_LANE_CEILING)
 #define FILL_STALL_NS         1500000000ull
 #define FILL_LEFT_NS          5000000000ull
 #define FILL_AGAIN_NS         4000000000ull
@@ -76,6 +75,31 @@ static void shard_put(struct sim_node *node, uint32_t shard)
     node->dry = 0;
 }
 
+static void wait_enter(struct sim_fill *fill)
+{
+    struct sim_node *node = fill->conn->puller;
+    if (node->wait_count == SIM_WAITS_MAX) {
+        abort();
+    }
+    node->waits[node->wait_count++] =
+        (struct sim_wait){.fill = fill, .asked_ns = fill->asked_ns, .shard = fill->shard};
+    node->late_ns = node->waits[0].asked_ns;
+    source_of(fill->conn)->waiting++;
+}
+
+static void wait_leave(struct sim_fill *fill)
+{
+    struct sim_node *node = fill->conn->puller;
+    uint32_t i = 0;
+    while (node->waits[i].fill != fill) {
+        i++;
+    }
+    node->wait_count--;
+    memmove(&node->waits[i], &node->waits[i + 1], (node->wait_count - i) * sizeof *node->waits);
+    node->late_ns = node->waits[0].asked_ns;
+    source_of(fill->conn)->waiting--;
+}
+
 static void fill_ask_as(struct sim *sim, struct sim_conn *source, uint32_t shard,
                         struct sim_fill *twin)
 {
@@ -87,21 +111,14 @@ static void fill_ask_as(struct sim *sim, struct sim_conn *source, uint32_t shard
         twin->twin = fill;
     }
     DL_APPEND(source->puller->fills, fill);
-    DL_APPEND2(source->puller->waiting, fill, wait_prev, wait_next);
+    wait_enter(fill);
     source_of(source)->inflight++;
-    source_of(source)->waiting++;
     sim_send(sim, source->holder, SIM_ASK, fill, fill->generation);
 }
 
 void fill_ask(struct sim *sim, struct sim_conn *source, uint32_t shard)
 {
     fill_ask_as(sim, source, shard, NULL);
-}
-
-static void waiting_leave(struct sim_fill *fill)
-{
-    DL_DELETE2(fill->conn->puller->waiting, fill, wait_prev, wait_next);
-    source_of(fill->conn)->waiting--;
 }
 
 /* The puller has done with it. */
@@ -114,7 +131,7 @@ static void fill_free(struct sim *sim, struct sim_fill *fill)
     if (fill->granted_ns) {
         node->fetching--;
     } else {
-        waiting_leave(fill);
+        wait_leave(fill);
     }
     if (fill->twin) {
         fill->twin->twin = NULL;
@@ -163,7 +180,7 @@ void fill_granted(struct sim *sim, struct sim_fill *fill)
         return;
     }
     fill->granted_ns = sim->now_ns;
-    waiting_leave(fill);
+    wait_leave(fill);
     fill->conn->puller->fetching++;
 }
 
@@ -182,6 +199,7 @@ void fill_busy(struct sim *sim, struct sim_fill *fill)
         if (!source->refill_ns || until < source->refill_ns) {
             source->refill_ns = until;
         }
+        node->refill_ns = until < node->refill_ns ? until : node->refill_ns;
         source->advice_count = fill->advice_count;
         for (uint32_t i = 0; i < fill->advice_count; i++) {
             source->advice[i] = fill->advice[i];
@@ -269,33 +287,33 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
 
 /* ---- elsewhere ---- */
 
+static void fill_move_to(struct sim *sim, struct sim_conn *source)
+{
+    const struct sim_node *node = source->puller;
+    for (uint32_t i = 0; i < node->wait_count; i++) {
+        const struct sim_wait *wait = &node->waits[i];
+        if (sim->now_ns - wait->asked_ns < FILL_MOVE_NS) {
+            break;
+        }
+        if (source_has(source, wait->shard) && !wait->fill->twin) {
+            uint32_t shard = wait->shard;
+            sim->counters.moved++;
+            fill_cancel(sim, wait->fill);
+            fill_ask(sim, source, shard);
+            return;
+        }
+    }
+}
+
 void fill_move(struct sim *sim, struct sim_node *node, uint32_t among)
 {
-    struct sim_fill *late[MOVE_MAX];
-    struct sim_fill *fill = node->waiting;
-    uint32_t count = 0;
-    for (; fill && sim->now_ns - fill->asked_ns >= FILL_MOVE_NS; fill = fill->wait_next) {
-        if (count == MOVE_MAX) {
-            abort();
+    for (; among; among &= among - 1) {
+        uint32_t i = (uint32_t)__builtin_ctz(among);
+        if (!node->wait_count || sim->now_ns - node->late_ns < FILL_MOVE_NS) {
+            return;
         }
-        late[count] = fill; /* they are in the order of asking */
-        count += !fill->twin;
-    }
-    for (; count && among; among &= among - 1) {
-        struct sim_source *source = &node->sources[__builtin_ctz(among)];
-        struct sim_conn *conn = node->conns[source - node->sources];
-        if (source->inflight > 0 || source->far) {
-            continue;
-        }
-        for (uint32_t i = 0; i < count; i++) {
-            uint32_t shard = late[i]->shard;
-            if (source_has(conn, shard)) {
-                sim->counters.moved++;
-                fill_cancel(sim, late[i]);
-                fill_ask(sim, conn, shard);
-                memmove(&late[i], &late[i + 1], (--count - i) * sizeof(struct sim_fill *));
-                break;
-            }
+        if (node->sources[i].inflight == 0 && !node->sources[i].far) {
+            fill_move_to(sim, node->conns[i]);
         }
     }
 }

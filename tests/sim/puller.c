@@ -38,23 +38,23 @@ static bool near_attached(const struct sim_node *node)
 
 static uint32_t shard_take(struct sim *sim, struct sim_conn *source, enum source_turn turn)
 {
-    struct spread *spread = source->puller->spread;
+    struct sim_node *node = source->puller;
+    bool far = source_of(source)->far;
     const struct spread_want want = {.cursor = SPREAD_NONE, .whole = true};
-    const struct spread_offer offer = {
-        .bitmap = source->bitmap,
-        .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
-        .far = source->far,
-        .rack = source->far && near_attached(source->puller) ? &source->puller->circle : NULL,
-        .now_ms = sim->now_ns / SIM_MS,
-        .steps = source->puller->reach.steps / SPREAD_REACH_PARTS,
-        .step_ms = spread_rack_step_ms(source->puller->usual_ns)};
+    const struct spread_offer offer = {.bitmap = source->bitmap,
+                                       .rarity_most = turn == TURN_RARE ? 0 : SPREAD_RARITY_ANY,
+                                       .far = far,
+                                       .rack = far && near_attached(node) ? &node->circle : NULL,
+                                       .now_ms = sim->now_ns / SIM_MS,
+                                       .steps = node->reach.steps / SPREAD_REACH_PARTS,
+                                       .step_ms = spread_rack_step_ms(node->usual_ns)};
     bool urgent;
     uint32_t shard = turn == TURN_RARE ? advice_take(source) : SPREAD_NONE;
     if (shard == SPREAD_NONE) {
-        shard = spread_next(spread, &want, &offer, sim_random(sim), &urgent);
+        shard = spread_next(node->spread, &want, &offer, sim_random(sim), &urgent);
     }
     if (shard != SPREAD_NONE) {
-        spread_take(spread, shard);
+        spread_take(node->spread, shard);
     }
     return shard;
 }
@@ -135,6 +135,20 @@ static void bitmap_fill(const struct sim *sim, struct sim_conn *source)
     source->refill_ns = 0;
 }
 
+static void sources_refill(struct sim *sim, struct sim_node *node, uint32_t complete)
+{
+    node->refill_ns = UINT64_MAX;
+    for (; complete; complete &= complete - 1) {
+        struct sim_conn *source = node->conns[__builtin_ctz(complete)];
+        if (source->refill_ns && sim->now_ns >= source->refill_ns) {
+            bitmap_fill(sim, source);
+        }
+        if (source->refill_ns && source->refill_ns < node->refill_ns) {
+            node->refill_ns = source->refill_ns;
+        }
+    }
+}
+
 void puller_pump(struct sim *sim, struct sim_node *node)
 {
     uint32_t among = 0;
@@ -147,11 +161,8 @@ void puller_pump(struct sim *sim, struct sim_node *node)
         among |= (uint32_t)(sim->now_ns >= source->usable_ns) << i;
         complete |= (uint32_t)source->complete << i;
     }
-    for (uint32_t mask = complete; mask; mask &= mask - 1) {
-        struct sim_conn *source = node->conns[__builtin_ctz(mask)];
-        if (source->refill_ns && sim->now_ns >= source->refill_ns) {
-            bitmap_fill(sim, source);
-        }
+    if (sim->now_ns >= node->refill_ns) {
+        sources_refill(sim, node, complete);
     }
     if (!among) {
         return;
@@ -248,7 +259,7 @@ void puller_heard(struct sim *sim, struct sim_conn *source, uint32_t shard)
     if (!source->attached) {
         return; /* ATTACHED is on its way, and counts all of it */
     }
-    if (!sim_has(node, shard)) {
+    if (spread_state(node->spread, shard) != SPREAD_PRESENT) {
         spread_more(node->spread, shard, !source->far, sim->now_ns / SIM_MS);
         node->dry &= ~(1u << source->at);
     }

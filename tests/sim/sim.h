@@ -23,6 +23,7 @@
 #define SIM_REVIEW_NS     500000000ull /* engine/pull.c, and so on */
 #define SIM_LOOK_FIRST_NS 250000000ull
 #define SIM_LANE_CEILING  16
+#define SIM_WAITS_MAX     (SPREAD_NEIGHBOURS * (SIM_LANE_CEILING + 1))
 
 struct sim_options {
     uint32_t nodes; /* that pull, beside the registrar */
@@ -109,8 +110,7 @@ struct sim_fill {
     uint32_t advice_count;
     uint32_t advice[4];
     struct slots_ask ask;
-    struct sim_fill *prev, *next;             /* the puller's, */
-    struct sim_fill *wait_prev, *wait_next;   /* and those that are not granted */
+    struct sim_fill *prev, *next;             /* the puller's */
     struct sim_fill *grant_prev, *grant_next; /* the holder's, of this conn */
     struct sim_fill *upload_prev, *upload_next;
 };
@@ -118,7 +118,6 @@ struct sim_fill {
 /* A link from a puller to a holder: source and session. */
 struct sim_conn {
     struct sim_node *puller, *holder;
-    uint8_t *bitmap;
     uint32_t generation;
     uint32_t at;    /* its place among the puller's sources, */
     uint32_t known; /* and in what it knows */
@@ -132,7 +131,7 @@ struct sim_conn {
     uint32_t fill_count; /* that neither side has forgotten */
     uint32_t advice[SIM_ADVICE_MAX];
     uint32_t advice_count;
-    uint64_t refill_ns;
+    uint64_t refill_ns; /* complete, but was busy: then it has all again; 0: it has */
     uint64_t busy_until_ns;
     uint64_t again_ns; /* broken: when to connect again */
     uint64_t referred_ms;
@@ -141,6 +140,7 @@ struct sim_conn {
     uint32_t place; /* among the holder's followers */
     struct slots_peer slots;
     struct sim_fill *grants;
+    uint8_t bitmap[]; /* what it has, as the puller knows */
 };
 
 /* PEERS. */
@@ -174,6 +174,13 @@ struct sim_source {
     bool far;
 };
 
+/* A fill that waits, in the order of asking. */
+struct sim_wait {
+    struct sim_fill *fill;
+    uint64_t asked_ns;
+    uint32_t shard;
+};
+
 struct sim_node {
     /* Whoever hears of a shard needs what comes first here, and there are many of them. */
     bool alive;
@@ -187,10 +194,13 @@ struct sim_node {
     uint32_t fetching;
     struct spread *spread;
     struct sim_fill *fills;
-    struct sim_fill *waiting; /* of these, for the holder to grant them */
+    struct sim_wait *waits; /* of these, for the holder to grant them; SIM_WAITS_MAX places */
+    uint64_t late_ns;       /* when the first of them was asked */
+    uint32_t wait_count;
     uint32_t dry; /* a bit for each source, near and not complete, that has nothing absent */
     uint64_t usual_ns;
-    uint64_t full_ns; /* when its window was full, last */
+    uint64_t full_ns;   /* when its window was full, last */
+    uint64_t refill_ns; /* of its sources, the first, or sooner */
     struct spread_window window;
     struct spread_reach reach;
     struct sim_source sources[SPREAD_NEIGHBOURS];

@@ -99,13 +99,11 @@ struct sim_conn *sim_conn_new(struct sim *sim)
     struct pool *pool = sim->pools;
     size_t bytes = SPREAD_BITMAP_BYTES(sim->shards);
     if (pool->conn_count == 0) {
-        struct sim_conn *conn = slab_new(pool, sizeof *conn + bytes);
-        conn->bitmap = (uint8_t *)(conn + 1);
-        return conn;
+        return slab_new(pool, sizeof(struct sim_conn) + bytes);
     }
     struct sim_conn *conn = pool->conns[--pool->conn_count];
     uint32_t generation = conn->generation;
-    *conn = (struct sim_conn){.generation = generation, .bitmap = (uint8_t *)(conn + 1)};
+    *conn = (struct sim_conn){.generation = generation};
     memset(conn->bitmap, 0, bytes);
     return conn;
 }
@@ -223,7 +221,9 @@ static void node_init(struct sim *sim, uint32_t id)
         return;
     }
     node->known = calloc(SIM_KNOWN_MAX, sizeof *node->known);
-    if (!node->known || spread_open(sim->shards, &node->spread) < 0) {
+    node->waits = calloc(SIM_WAITS_MAX, sizeof *node->waits);
+    node->refill_ns = UINT64_MAX;
+    if (!node->known || !node->waits || spread_open(sim->shards, &node->spread) < 0) {
         abort();
     }
     node->window = spread_window_new(spread_width(sim->shards), SIM_LANE_CEILING);
@@ -287,6 +287,7 @@ void sim_close(struct sim *sim)
         slots_book_close(sim->nodes[i].book);
         free(sim->nodes[i].have);
         free(sim->nodes[i].known);
+        free(sim->nodes[i].waits);
         free(sim->nodes[i].followers);
     }
     while (pool->slabs) {
