@@ -28,19 +28,16 @@ def _spread(wanted, gap=15):
 
 
 def curve(rows, size):
-    """The last host's time over size / rate, by the number of hosts, one line for each method. Whose file was not of
-    this size says so."""
+    """The last host's time over size / rate, by the number of hosts, one line for each method. Points of files of
+    another size are hollow."""
     rows = [row for row in rows if row["last"]]
-    series, names = {}, {}
+    series, others = {}, set()
     for row in sorted(rows, key=lambda row: row["nodes"]):
-        method = row["method"]
-        series.setdefault(method, []).append((row["nodes"], row["last"]))
-        names[method] = NAMES.get(method, method)
-        if row["size"] != size:
-            names[method] += f" ({row['size'] >> 20} MiB)"
+        series.setdefault(row["method"], []).append((row["nodes"], row["last"], row["size"] == size))
+        others |= {row["size"]} - {size}
     title = f"{size >> 20} MiB to N hosts at once, links of {rows[0]['rate']}"
-    counts = sorted({n for points in series.values() for n, _ in points})
-    top = max([2.0] + [last for points in series.values() for _, last in points])
+    counts = sorted({n for points in series.values() for n, *_ in points})
+    top = max([2.0] + [last for points in series.values() for _, last, _ in points])
     span = max(math.log2(counts[-1] / counts[0]), 1)
 
     def x_of(nodes):
@@ -67,16 +64,20 @@ def curve(rows, size):
         out.append(_label(x_of(count), HEIGHT - BOTTOM + 18, count))
     ends = _spread({name: y_of(points[-1][1]) for name, points in series.items()})
     for name, points in series.items():
-        line = " ".join(f"{x_of(n):.1f},{y_of(last):.1f}" for n, last in points)
+        line = " ".join(f"{x_of(n):.1f},{y_of(last):.1f}" for n, last, _ in points)
         out.append(
             f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}" stroke-width="2"/>'
         )
         out.extend(
-            f'<circle cx="{x_of(n):.1f}" cy="{y_of(last):.1f}" r="3" fill="{COLOURS[name]}"/>'
-            for n, last in points
+            f'<circle cx="{x_of(n):.1f}" cy="{y_of(last):.1f}" r="3" stroke="{COLOURS[name]}" '
+            f'fill="{COLOURS[name] if same else "white"}"/>'
+            for n, last, same in points
         )
-        out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, names[name], "start",
+        out.append(_label(WIDTH - RIGHT + 8, ends[name] + 4, NAMES.get(name, name), "start",
                           f' fill="{COLOURS[name]}"'))  # fmt: skip
+    if others:
+        sizes = ", ".join(f"{other >> 20} MiB" for other in sorted(others))
+        out.append(_label(WIDTH - 10, HEIGHT - 12, f"hollow: {sizes}", "end"))
     return "\n".join(out) + "\n</svg>\n"
 
 
