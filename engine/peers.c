@@ -150,15 +150,19 @@ void peer_praise(struct peer *peer)
     atomic_store(&peer->strikes, 0);
 }
 
-void peer_rdma_failed(struct peer *peer, const char *reason)
+void peer_rdma_failed(struct peer *peer, const char *reason, bool tcp_instead)
 {
     uint32_t failures = atomic_fetch_add(&peer->rdma_failures, 1) + 1;
     uint32_t ms =
         spread_backoff_ms(failures, PEERS_RDMA_FIRST_MS, PEERS_RDMA_LAST_MS, util_random_u64());
     atomic_store(&peer->rdma_after_ns, util_now_ns() + ms * 1000000ull);
-    log_say(atomic_exchange(&peer->rdma_said, true) ? LOG_DEBUG : LOG_WARN,
-            "peer %s: RDMA failed: %s; TCP is used, RDMA is tried again in %u s", peer->node,
-            reason, ms / 1000);
+    enum log_level level = atomic_exchange(&peer->rdma_said, true) ? LOG_DEBUG : LOG_WARN;
+    if (tcp_instead)
+        log_say(level, "peer %s: RDMA failed: %s; TCP is used, RDMA is tried again in %u s",
+                peer->node, reason, ms / 1000);
+    else
+        log_say(level, "peer %s: RDMA failed: %s; nothing comes from it meanwhile (require_rdma)",
+                peer->node, reason);
 }
 
 void peer_rdma_works(struct peer *peer)

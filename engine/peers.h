@@ -47,8 +47,9 @@ uint64_t peers_quarantines(struct peers *peers);
 void peer_strike(struct peer *peer);
 void peer_praise(struct peer *peer); /* a shard from it was right */
 bool peer_quarantined(const struct peer *peer);
-/* RDMA with it failed, or a shard came by it. After a failure it is left for 10 s, then 20 s, ... at most 5 min. */
-void peer_rdma_failed(struct peer *peer, const char *reason);
+/* RDMA with it failed, or a shard came by it. After a failure it is left for 10 s, then 20 s, ... at most 5 min, where
+ * there is TCP instead. */
+void peer_rdma_failed(struct peer *peer, const char *reason, bool tcp_instead);
 void peer_rdma_works(struct peer *peer);
 int peers_list(struct peers *peers, const char *transport, struct engine_peer **out, size_t *count);
 

@@ -140,10 +140,15 @@ static void retry_later(struct supplier *s, const char *reason)
     log_debug("peer %s at %s: %s", s->node.name, s->node.address, reason);
 }
 
+static bool tcp_allowed(const struct supplier *s)
+{
+    return s->lane->engine->config.rdma != ENGINE_RDMA_ONLY;
+}
+
 static void connect_now(struct supplier *s)
 {
     bool rdma = s->lane->fast && fast_may(s->lane->engine, s->peer, &s->node);
-    if (!rdma && s->lane->engine->config.rdma == ENGINE_RDMA_ONLY) {
+    if (!rdma && !tcp_allowed(s)) {
         retry_later(s, "it offers no RDMA, and require_rdma is set");
         return;
     }
@@ -154,7 +159,7 @@ static void connect_now(struct supplier *s)
     if (status < 0) {
         s->link = NULL;
         if (rdma) {
-            peer_rdma_failed(s->peer, strerror(-status));
+            peer_rdma_failed(s->peer, strerror(-status), tcp_allowed(s));
         }
         retry_later(s, strerror(-status));
         return;
@@ -196,9 +201,9 @@ static void link_fail(struct supplier *s, int error, const char *reason)
     uint64_t now = loop_now_ns(s->lane->loop);
     /* A link that nobody needs any more may end as it likes. */
     if (s->attachments && supplier_by_rdma(s) && fast_at_fault(error, s->link_bytes > 0)) {
-        peer_rdma_failed(s->peer, reason);
+        peer_rdma_failed(s->peer, reason, tcp_allowed(s));
         atomic_fetch_add(&s->lane->engine->counters.rdma_failures, 1);
-        if (s->lane->engine->config.rdma != ENGINE_RDMA_ONLY) {
+        if (tcp_allowed(s)) {
             s->retry_ns = now; /* the other way, at once */
             link_end(s, error);
             return;

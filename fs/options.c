@@ -523,6 +523,10 @@ static int apply_environment(struct options_parse *p)
         if (rc != 0)
             return rc;
     }
+    if (getenv("MC_MTU"))
+        log_warn(
+            "MC_MTU is ignored: connections take the largest MTU that the way to the peer has; "
+            "set that of the network interface instead (ip link set dev NAME mtu N)");
     const char *tcp = getenv("MC_FORCE_TCP");
     return tcp != NULL && tcp[0] != '\0' && strcmp(tcp, "0") != 0
                ? text_set(&p->out->transport, "tcp")
