@@ -18,6 +18,7 @@ struct cache;
 struct lane;
 struct peers;
 struct bounce;
+struct reserve;
 struct draft;
 
 #define CORE_LANES_MAX 16
@@ -48,6 +49,7 @@ struct engine {
     struct work *work;
     struct peers *peers;
     struct bounce *bounce;
+    struct reserve *reserve;
     struct bucket upload, download; /* limits of all lanes together */
     struct lane *lanes[CORE_LANES_MAX];
     unsigned lane_count;

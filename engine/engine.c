@@ -17,6 +17,7 @@
 #include "engine/peers.h"
 #include "engine/pull.h"
 #include "engine/register.h"
+#include "engine/reserve.h"
 #include "engine/storage.h"
 #include "engine/wire.h"
 #include "meta/base/log.h"
@@ -184,6 +185,10 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     if (status < 0) {
         goto close_bounce;
     }
+    status = reserve_open(e, &e->reserve);
+    if (status < 0) {
+        goto close_work;
+    }
     bucket_open(&e->upload, config->max_upload);
     bucket_open(&e->download, config->max_download);
     status = lanes_open(e, error);
@@ -205,6 +210,8 @@ close_lanes:
     lanes_close(e);
     bucket_close(&e->download);
     bucket_close(&e->upload);
+    reserve_close(e->reserve);
+close_work:
     work_close(e->work);
 close_bounce:
     bounce_close(e->bounce);
@@ -264,6 +271,7 @@ void engine_close(struct engine *engine)
     }
     lanes_stop(engine);
     work_close(engine->work);
+    reserve_close(engine->reserve);
     cache_close(engine->cache);
     lanes_close(engine);
     bucket_close(&engine->download);
@@ -716,6 +724,7 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
                               .rdma_why = engine->fast_why,
                               .storage = storage_kind(engine->storage),
                               .storage_why = storage_why(engine->storage),
+                              .reserve = storage_reserved(engine->storage),
                               .loop = loop_is_uring(engine->lanes[0]->loop) ? "io_uring" : "epoll",
                               .lanes = engine->lane_count};
     cache_usage(engine->cache, &out->cache_limit, &out->cache_used);

@@ -10,6 +10,7 @@
 #include "engine/direct.h"
 #include "engine/peers.h"
 #include "engine/pull.h"
+#include "engine/reserve.h"
 #include "engine/serve.h"
 #include "engine/storage.h"
 #include "engine/supplier.h"
@@ -29,6 +30,7 @@ static void tick(struct loop_timer *timer)
     if (lane->index == 0 && now - lane->trimmed_ns > LANE_TRIM_NS) {
         lane->trimmed_ns = now;
         storage_trim(lane->engine->storage, UINT64_MAX);
+        reserve_tick(lane->engine->reserve);
         peers_sample(lane->engine->peers, now);
     }
     (void)loop_timer_set(lane->loop, &lane->tick, LANE_TICK_MS * 1000000ull);
@@ -103,6 +105,7 @@ static void *lane_main(void *arg)
     sigaddset(&pipe, SIGPIPE);
     pthread_sigmask(SIG_BLOCK, &pipe, NULL);
     (void)loop_timer_set(lane->loop, &lane->tick, LANE_TICK_MS * 1000000ull);
+    lane->trimmed_ns = loop_now_ns(lane->loop);
     loop_run(lane->loop);
     /* Still on this thread, so that links and fetches end where they lived. */
     loop_timer_clear(lane->loop, &lane->tick);

@@ -4,6 +4,8 @@
 #include <fcntl.h>
 #include <linux/mount.h>
 #include <pthread.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -11,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
@@ -21,20 +24,19 @@
 #endif
 
 #define STORAGE_PAGE 4096ull
-#define STORAGE_HUGE (2ull << 20)
 
 enum storage_type { STORAGE_TMPFS, STORAGE_MEMFD, STORAGE_DIR };
 
 /* Memory that is given back to the machine is slow to get again (it has to be cleared, and a virtual machine may have
  * handed it to its host), so the files of replicas that were evicted are kept for a moment. */
-#define STORAGE_SPARES    4
-#define STORAGE_SPARE_MIN (64ull << 20) /* below, clearing costs less than the bookkeeping */
-#define STORAGE_SPARE_MAX (4ull << 30)  /* all spares together */
+#define STORAGE_SPARES (4 + STORAGE_RESERVE_FILES)
 
 struct spare {
     int fd; /* -1: none */
     uint64_t size;
+    uint64_t cleared; /* bytes from its begin that have their pages; in the reserve it grows */
     uint64_t since_ms;
+    bool reserve; /* nobody has used it yet */
 };
 
 struct storage {
@@ -44,8 +46,13 @@ struct storage {
     atomic_uint direct_fills; /* how often that was found full */
     char why[128];
     uint64_t spare_limit;
-    pthread_mutex_t lock; /* guards the spares */
+    pthread_mutex_t lock; /* guards what follows */
+    pthread_cond_t rested;
     struct spare spares[STORAGE_SPARES];
+    atomic_bool pause; /* the clearer ends after its step; any thread may set it without the lock */
+    bool clearing;     /* there is a clearer */
+    bool step;         /* it writes to a spare now, which must stay in the table until `rested` */
+    pthread_t clearer;
 };
 
 /* glibc before 2.36 lacks these wrappers, and its mount header fights with the kernel's. */
@@ -121,6 +128,7 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
         return -ENOMEM;
     }
     pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->rested, NULL);
     s->direct = -1;
     for (unsigned i = 0; i < STORAGE_SPARES; i++) {
         s->spares[i].fd = -1;
@@ -167,12 +175,18 @@ void storage_close(struct storage *storage)
         return;
     }
     storage_trim(storage, 0);
+    pthread_mutex_lock(&storage->lock);
+    while (storage->clearing) {
+        pthread_cond_wait(&storage->rested, &storage->lock);
+    }
+    pthread_mutex_unlock(&storage->lock);
     if (storage->mount >= 0) {
         close(storage->mount);
     }
     if (storage->direct >= 0) {
         close(storage->direct);
     }
+    pthread_cond_destroy(&storage->rested);
     pthread_mutex_destroy(&storage->lock);
     free(storage);
 }
@@ -189,7 +203,7 @@ const char *storage_why(const struct storage *storage)
     return storage->why;
 }
 
-int storage_file(struct storage *storage, const char *name)
+static int file_new(struct storage *storage, const char *name)
 {
     int fd = storage->type == STORAGE_MEMFD
                  ? memfd_create(name, MFD_CLOEXEC)
@@ -197,8 +211,15 @@ int storage_file(struct storage *storage, const char *name)
     return fd < 0 ? -errno : fd;
 }
 
+int storage_file(struct storage *storage, const char *name)
+{
+    storage_reserve_pause(storage);
+    return file_new(storage, name);
+}
+
 int storage_file_direct(struct storage *storage)
 {
+    storage_reserve_pause(storage);
     if (storage->direct < 0) {
         return -EOPNOTSUPP;
     }
@@ -225,25 +246,52 @@ unsigned storage_direct_fills(struct storage *storage)
     return atomic_load(&storage->direct_fills);
 }
 
-/* The largest spare, out of the table; -1: none. */
-static int spare_take(struct storage *storage)
+/* ---- spares ---- */
+
+/* Lock held, and held again on return. The clearer may have been put off by busier threads in the middle of its step: it
+ * finishes that with the weight of any other. */
+static void clearer_rest(struct storage *storage)
+{
+    atomic_store(&storage->pause, true);
+    if (storage->clearing) {
+        (void)pthread_setschedparam(storage->clearer, SCHED_OTHER, &(struct sched_param){0});
+    }
+    while (storage->step) {
+        pthread_cond_wait(&storage->rested, &storage->lock);
+    }
+}
+
+/* Whether a is better than b (or NULL) for a file of so many bytes: has more of its pages; of those with all, the smaller.
+ * What is prepared for a far larger file stays for that one. */
+static bool spare_better(const struct spare *a, const struct spare *b, uint64_t size)
+{
+    if (a->fd < 0 || (a->reserve && a->size / 2 > size)) {
+        return false;
+    }
+    uint64_t has = a->cleared < size ? a->cleared : size;
+    uint64_t other = b ? (b->cleared < size ? b->cleared : size) : 0;
+    return has > other || (b && has == other && a->size < b->size);
+}
+
+/* The best spare, out of the table; -1: none. */
+static int spare_take(struct storage *storage, uint64_t size)
 {
     pthread_mutex_lock(&storage->lock);
-    struct spare *best = &storage->spares[0];
-    for (unsigned i = 1; i < STORAGE_SPARES; i++) {
-        struct spare *spare = &storage->spares[i];
-        if (spare->fd >= 0 && (best->fd < 0 || spare->size > best->size)) {
-            best = spare;
+    clearer_rest(storage);
+    struct spare *best = NULL;
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        if (spare_better(&storage->spares[i], best, size)) {
+            best = &storage->spares[i];
         }
     }
-    int fd = util_fd_take(&best->fd);
+    int fd = best ? util_fd_take(&best->fd) : -1;
     pthread_mutex_unlock(&storage->lock);
     return fd;
 }
 
 int storage_file_dirty(struct storage *storage, const char *name, uint64_t size)
 {
-    util_autoclose int fd = size >= STORAGE_SPARE_MIN ? spare_take(storage) : -1;
+    util_autoclose int fd = size >= STORAGE_SPARE_MIN ? spare_take(storage, size) : -1;
     if (fd < 0) {
         fd = storage_file(storage, name);
     }
@@ -253,26 +301,34 @@ int storage_file_dirty(struct storage *storage, const char *name, uint64_t size)
     return ftruncate(fd, (off_t)size) < 0 ? -errno : util_fd_take(&fd);
 }
 
+/* Where one more can be kept; *total: what all take. Lock held. */
+static struct spare *spare_vacant(struct storage *storage, uint64_t *total)
+{
+    struct spare *vacant = NULL;
+    *total = 0;
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd < 0) {
+            vacant = vacant ? vacant : spare;
+        } else {
+            *total += spare->size;
+        }
+    }
+    return vacant;
+}
+
 void storage_give_back(struct storage *storage, int fd, uint64_t size)
 {
     util_autoclose int mine = fd;
     if (storage->type == STORAGE_DIR || size < STORAGE_SPARE_MIN) {
         return;
     }
+    uint64_t total;
     pthread_mutex_lock(&storage->lock);
-    struct spare *vacant = NULL;
-    uint64_t total = size;
-    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
-        struct spare *spare = &storage->spares[i];
-        if (spare->fd < 0) {
-            vacant = vacant ? vacant : spare;
-        } else {
-            total += spare->size;
-        }
-    }
-    if (vacant && total <= storage->spare_limit) {
-        *vacant =
-            (struct spare){.fd = util_fd_take(&mine), .size = size, .since_ms = util_now_ms()};
+    struct spare *vacant = spare_vacant(storage, &total);
+    if (vacant && total + size <= storage->spare_limit) {
+        *vacant = (struct spare){
+            .fd = util_fd_take(&mine), .size = size, .cleared = size, .since_ms = util_now_ms()};
     }
     pthread_mutex_unlock(&storage->lock);
 }
@@ -284,12 +340,16 @@ void storage_trim(struct storage *storage, uint64_t keep)
     uint64_t now = util_now_ms();
     uint64_t total = 0;
     pthread_mutex_lock(&storage->lock);
+    if (keep < UINT64_MAX) {
+        clearer_rest(storage);
+    }
     for (unsigned i = 0; i < STORAGE_SPARES; i++) {
         struct spare *spare = &storage->spares[i];
         if (spare->fd < 0) {
             continue;
         }
-        if (total + spare->size > keep || now - spare->since_ms >= STORAGE_SPARE_MS) {
+        bool old = !spare->reserve && now - spare->since_ms >= STORAGE_SPARE_MS;
+        if (old || total + spare->size > keep) {
             close_now[count++] = util_fd_take(&spare->fd);
         } else {
             total += spare->size;
@@ -299,6 +359,168 @@ void storage_trim(struct storage *storage, uint64_t keep)
     while (count) {
         close(close_now[--count]); /* gives gigabytes back to the kernel: not under the lock */
     }
+}
+
+/* ---- reserve ---- */
+
+/* The next that lacks pages; NULL: none. Lock held. */
+static struct spare *reserve_next(struct storage *storage)
+{
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd >= 0 && spare->reserve && spare->cleared < spare->size) {
+            return spare;
+        }
+    }
+    return NULL;
+}
+
+/* Pages by a write and not by a fault: that needs neither a mapping, which would count as this process's memory, nor the
+ * lock of all mappings, which a thread that is put off in the middle would keep from the others. 0: nothing was done. */
+static uint64_t reserve_step(int fd, uint64_t at, uint64_t length)
+{
+    static uint8_t zeros[64u << 10]; /* nobody writes there */
+    struct iovec pieces[STORAGE_HUGE / sizeof zeros];
+    int count = 0;
+    for (uint64_t left = length; left; count++) {
+        uint64_t piece = left < sizeof zeros ? left : sizeof zeros;
+        pieces[count] = (struct iovec){.iov_base = zeros, .iov_len = piece};
+        left -= piece;
+    }
+    ssize_t written = pwritev(fd, pieces, count, (off_t)at);
+    return written < 0 ? 0 : (uint64_t)written;
+}
+
+static void *clearer_main(void *arg)
+{
+    struct storage *storage = arg;
+    const struct sched_param none = {0};
+    struct spare *spare;
+    pthread_setname_np(pthread_self(), "p2pfs-reserve");
+    pthread_mutex_lock(&storage->lock);
+    while (!atomic_load(&storage->pause) && (spare = reserve_next(storage))) {
+        int fd = spare->fd;
+        uint64_t at = spare->cleared;
+        uint64_t left = spare->size - at;
+        uint64_t done = 0;
+        storage->step = true;
+        pthread_mutex_unlock(&storage->lock);
+        /* Only for the step: who holds the lock must not be put off. */
+        (void)pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
+        if (!atomic_load(&storage->pause)) {
+            done = reserve_step(fd, at, left < STORAGE_HUGE ? left : STORAGE_HUGE);
+        }
+        (void)pthread_setschedparam(pthread_self(), SCHED_OTHER, &none);
+        pthread_mutex_lock(&storage->lock);
+        storage->step = false;
+        spare->cleared += done;
+        pthread_cond_broadcast(&storage->rested);
+        if (done == 0) {
+            atomic_store(&storage->pause, true); /* no memory: whoever wants it asks again */
+        }
+    }
+    storage->clearing = false;
+    pthread_cond_broadcast(&storage->rested);
+    pthread_mutex_unlock(&storage->lock);
+    return NULL;
+}
+
+/* Lock held. */
+static void clearer_start(struct storage *storage)
+{
+    pthread_attr_t detached;
+    atomic_store(&storage->pause, false);
+    if (storage->clearing || !reserve_next(storage) || pthread_attr_init(&detached) != 0) {
+        return;
+    }
+    /* A signal that ends the mount must not wait for a thread that is put off. */
+    sigset_t all;
+    sigset_t before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    storage->clearing = pthread_create(&storage->clearer, &detached, clearer_main, storage) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&detached);
+}
+
+/* Lock held. */
+static void reserve_add(struct storage *storage, uint64_t size)
+{
+    uint64_t total;
+    struct spare *vacant = spare_vacant(storage, &total);
+    if (!vacant || total + size > storage->spare_limit) {
+        return;
+    }
+    util_autoclose int fd = file_new(storage, "reserve");
+    if (fd >= 0 && ftruncate(fd, (off_t)size) == 0) {
+        *vacant = (struct spare){.fd = util_fd_take(&fd), .size = size, .reserve = true};
+    }
+}
+
+void storage_reserve(struct storage *storage, const uint64_t *sizes, size_t count)
+{
+    int close_now[STORAGE_SPARES];
+    unsigned closing = 0;
+    bool there[STORAGE_RESERVE_FILES] = {0};
+    pthread_mutex_lock(&storage->lock);
+    clearer_rest(storage);
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        struct spare *spare = &storage->spares[i];
+        if (spare->fd < 0 || !spare->reserve) {
+            continue;
+        }
+        size_t k = 0;
+        while (k < count && (there[k] || sizes[k] != spare->size)) {
+            k++;
+        }
+        if (k < count) {
+            there[k] = true;
+        } else {
+            close_now[closing++] = util_fd_take(&spare->fd);
+        }
+    }
+    for (size_t k = 0; k < count; k++) {
+        if (!there[k]) {
+            reserve_add(storage, sizes[k]);
+        }
+    }
+    clearer_start(storage);
+    pthread_mutex_unlock(&storage->lock);
+    while (closing) {
+        close(close_now[--closing]);
+    }
+}
+
+void storage_reserve_pause(struct storage *storage)
+{
+    atomic_store(&storage->pause, true);
+}
+
+uint64_t storage_reserved(struct storage *storage)
+{
+    uint64_t cleared = 0;
+    pthread_mutex_lock(&storage->lock);
+    for (unsigned i = 0; i < STORAGE_SPARES; i++) {
+        const struct spare *spare = &storage->spares[i];
+        cleared += spare->fd >= 0 && spare->reserve ? spare->cleared : 0;
+    }
+    pthread_mutex_unlock(&storage->lock);
+    return cleared;
+}
+
+uint64_t storage_huge(void)
+{
+    FILE *table = fopen("/proc/self/smaps_rollup", "re");
+    unsigned long long kib = 0;
+    char line[256];
+    while (table && fgets(line, sizeof line, table) &&
+           sscanf(line, "ShmemPmdMapped: %llu kB", &kib) != 1) {
+    }
+    if (table) {
+        fclose(table);
+    }
+    return kib * 1024;
 }
 
 uint64_t storage_charge(uint64_t size)

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define STORAGE_HUGE (2ull << 20) /* a huge page */
+
 struct storage;
 
 /* limit: bytes that all files together may take; 0: there will be none. dir: NULL or a directory. `error` as in engine_open. */
@@ -33,9 +35,21 @@ unsigned storage_direct_fills(struct storage *storage);
 /* Takes a file that nobody maps, reads or sends from any more, as a spare for the next; small ones, and what would be
  * too much, are closed. Never a file whose descriptor has left this process. */
 void storage_give_back(struct storage *storage, int fd, uint64_t size);
-/* Closes spares until they take at most `keep` bytes, and those that have waited for STORAGE_SPARE_MS. */
+/* Closes spares until they take at most `keep` bytes, and those of files that have waited for STORAGE_SPARE_MS. */
 #define STORAGE_SPARE_MS 10000
 void storage_trim(struct storage *storage, uint64_t keep);
+/* The reserve: spares of these sizes that nobody has used yet, whose pages a thread of its own clears while cores have
+ * nothing else to do (SCHED_IDLE), in steps of a huge page. Whatever asks for a file here makes it pause; calling this
+ * again makes it go on. What is of other sizes is closed; count 0: all of it. At most STORAGE_RESERVE_FILES, each at
+ * least STORAGE_SPARE_MIN. */
+#define STORAGE_RESERVE_FILES 4
+#define STORAGE_SPARE_MIN     (64ull << 20) /* below, clearing costs less than the bookkeeping */
+#define STORAGE_SPARE_MAX     (4ull << 30)  /* all spares together */
+void storage_reserve(struct storage *storage, const uint64_t *sizes, size_t count);
+void storage_reserve_pause(struct storage *storage);
+uint64_t storage_reserved(struct storage *storage); /* bytes that are cleared */
+/* Bytes of shared memory that this process maps by huge pages: its replicas. Reads /proc. */
+uint64_t storage_huge(void);
 /* What a file of `size` bytes takes. */
 uint64_t storage_charge(uint64_t size);
 /* Maps a file of `size` bytes read-write and shared, at an address that huge pages can serve. */

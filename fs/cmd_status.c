@@ -50,13 +50,14 @@ static void rate_row(struct cmd_grid *grid, const char *label, uint64_t rate)
 
 static void engine_rows(struct cmd_grid *grid, const struct json *status)
 {
-    char used[32], limit[32], bytes[32], in[32], out[32];
+    char used[32], limit[32], bytes[32], in[32], out[32], reserve[32];
     const char *why = json_text(status, "storage_why");
     util_size_print(json_u64(status, "cache_used"), used, sizeof(used));
     util_size_print(json_u64(status, "cache_limit"), limit, sizeof(limit));
     util_size_print(json_u64(status, "bytes"), bytes, sizeof(bytes));
     util_size_print(json_u64(status, "bytes_received"), in, sizeof(in));
     util_size_print(json_u64(status, "bytes_served"), out, sizeof(out));
+    util_size_print(json_u64(status, "reserve"), reserve, sizeof(reserve));
     cmd_grid_put(grid, "names:");
     cmd_grid_put(grid, "%llu files (%s), %llu directories, %llu symbolic links",
                  number(status, "files"), bytes, number(status, "dirs"),
@@ -65,8 +66,9 @@ static void engine_rows(struct cmd_grid *grid, const struct json *status)
     cmd_grid_put(grid, "%s of %s used, %llu replicas, %llu of them complete", used, limit,
                  number(status, "replicas"), number(status, "replicas_complete"));
     cmd_grid_put(grid, "storage:");
-    cmd_grid_put(grid, "%s%s%s%s", json_text(status, "storage"), why && *why ? " (" : "",
-                 why ? why : "", why && *why ? ")" : "");
+    cmd_grid_put(grid, "%s%s%s%s, %llu huge pages mapped; %s cleared ahead",
+                 json_text(status, "storage"), why && *why ? " (" : "", why ? why : "",
+                 why && *why ? ")" : "", number(status, "storage_huge_pages"), reserve);
     cmd_grid_put(grid, "moving:");
     cmd_grid_put(grid, "%llu pulls running, %llu readers waiting; %s received, %s served",
                  number(status, "pulls_running"), number(status, "readers_waiting"), in, out);

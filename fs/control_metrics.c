@@ -29,7 +29,7 @@ struct metric {
     size_t offset; /* of a uint64_t in struct reading, engine_peer or transport_adapter */
     enum unit unit;
 };
-#define METRICS         39
+#define METRICS         40
 #define PEER_METRICS    9
 #define ADAPTER_METRICS 3
 static const struct metric metrics[METRICS];
@@ -159,6 +159,7 @@ static const struct metric metrics[METRICS] = {
     GAUGE(totals.bytes, "registered_bytes", "Bytes of all versions that have a name."),
     GAUGE(engine.cache_limit, "cache_limit_bytes", "What replicas may occupy (cache_size=)."),
     GAUGE(engine.cache_used, "cache_used_bytes", "What replicas occupy now."),
+    GAUGE(engine.reserve, "reserve_bytes", "Memory that is cleared ahead of pulls."),
     GAUGE(engine.max_upload, "upload_limit_bytes_per_second", "The limit of uploads; 0: none."),
     GAUGE(engine.max_download, "download_limit_bytes_per_second",
           "The limit of downloads; 0: none."),

@@ -3,6 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/storage.h"
 #include "engine/topology.h"
 #include "fs/control_parts.h"
 #include "fs/through.h"
@@ -75,6 +76,8 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_u64(out, "bytes_served", stats.bytes_served);
     json_put_text(out, "storage", stats.storage);
     json_put_text(out, "storage_why", stats.storage_why ? stats.storage_why : "");
+    json_put_u64(out, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
+    json_put_u64(out, "reserve", stats.reserve);
     json_put_text(out, "loop", stats.loop);
     json_put_u64(out, "lanes", stats.lanes);
     json_array(out, "transports");

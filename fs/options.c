@@ -13,7 +13,7 @@
 #include "engine/bucket.h"
 #include "engine/digest.h"
 #include "engine/topology.h"
-#include "fs/memory.h"
+#include "meta/base/memory.h"
 #include "meta/base/util.h"
 #include "meta/meta.h"
 #include "p2pfs_config.h"

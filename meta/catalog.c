@@ -340,6 +340,23 @@ int catalog_registered(struct catalog *c, const char *node, catalog_version_each
     return rc;
 }
 
+size_t catalog_largest(struct catalog *c, const char *but_node, uint64_t *sizes, size_t count)
+{
+    size_t found = 0;
+    tree_read_lock(c->tree);
+    for (const struct tree_version *v = c->tree->versions; v; v = v->hh.next) {
+        if (v->revision == 0 || v->names == 0 || (found == count && v->size <= sizes[count - 1]) ||
+            (v->origin_path && strcmp(v->origin_node, but_node) == 0))
+            continue;
+        size_t at = found < count ? found++ : count - 1;
+        for (; at > 0 && sizes[at - 1] < v->size; at--)
+            sizes[at] = sizes[at - 1];
+        sizes[at] = v->size;
+    }
+    tree_unlock(c->tree);
+    return found;
+}
+
 uint32_t catalog_version_names(struct catalog *c, const struct model_id *id)
 {
     tree_read_lock(c->tree);

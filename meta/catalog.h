@@ -72,6 +72,10 @@ int catalog_version(struct catalog *catalog, const struct model_id *id, struct m
 typedef void (*catalog_version_each)(void *arg, const struct model_version *version);
 int catalog_registered(struct catalog *catalog, const char *node, catalog_version_each each,
                        void *arg);
+/* The sizes of the largest versions that have a name, but for those that a node registered in place; largest first.
+ * Returns how many of them (at most `count`, which is not 0) were written to `sizes`. */
+size_t catalog_largest(struct catalog *catalog, const char *but_node, uint64_t *sizes,
+                       size_t count);
 /* How many names lead to a version. */
 uint32_t catalog_version_names(struct catalog *catalog, const struct model_id *id);
 /* A path below the root of each of these versions, malloc'd; NULL: no name leads there. One look at every entry, for the

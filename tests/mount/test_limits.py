@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,6 +238,42 @@ def test_a_pulled_file_is_in_memory_once(cluster, tmp_path):
     )
     assert grown <= 1.05 * size
     assert used(other) <= 1.05 * size
+
+
+def storage_of(node):
+    """Bytes of the unnamed files that a node holds."""
+    taken = {}
+    for entry in Path(f"/proc/{node.pid}/fd").iterdir():
+        try:
+            if "(deleted)" in os.readlink(entry):
+                stat = os.stat(entry)
+                taken[stat.st_dev, stat.st_ino] = stat.st_blocks * 512
+        except FileNotFoundError:
+            continue
+    return sum(taken.values())
+
+
+@pytest.mark.limit(350)  # the thread that clears has no claim to a busy machine's cores
+def test_pages_are_cleared_ahead_and_given_back(cluster, tmp_path):
+    """For what others have, as long as nothing is here; a pull takes them, and what it leaves goes."""
+    large, small = 80 * MIB, 70 * MIB
+    one = cluster.node()
+    os.symlink(write_file(tmp_path / "large", large), one.path("large"))
+    os.symlink(write_file(tmp_path / "small", small), one.path("small"))
+    other, little = cluster.node(), cluster.node(cache_size="192M")
+    eventually(lambda: other.status()["reserve"] == large + small, 100)
+    assert one.status()["reserve"] == little.status()["reserve"] == 0
+    assert sum(shared_and_own(other)) < 150 * MIB  # it is nobody's memory until it is used
+    assert large + small <= storage_of(other) <= 1.05 * (large + small)
+    appears(other, "large")
+    other.cli("pull", "large")
+    assert digest(other.path("large")) == digest(tmp_path / "large")
+    eventually(lambda: other.status()["reserve"] == 0)
+    assert large <= storage_of(other) <= 1.05 * large
+    eventually(lambda: other.cli("evict", "large", check=False).returncode == 0)
+    eventually(lambda: other.status()["reserve"] == large + small, 100)
+    os.unlink(one.path("small"))
+    eventually(lambda: other.status()["reserve"] == large, 100)
 
 
 @pytest.fixture

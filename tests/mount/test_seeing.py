@@ -126,7 +126,7 @@ def flip_a_byte(node, size):
     raise AssertionError(f"{node.name} has no replica of {size} bytes")
 
 
-@pytest.mark.limit(120)
+@pytest.mark.limit(180)
 def test_every_documented_metric_moves(make_cluster, tmp_path):
     service = Redis(tmp_path / "service").start()
     try:
@@ -137,6 +137,10 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         b = cluster.node(read_timeout=2)
         d = cluster.node(cache_size="128M", read_timeout=2)
         sampler.nodes += [b, d]
+
+        # one for which pages are cleared ahead
+        os.symlink(write_file(tmp_path / "large", 64 * MIB), a.path("large"))
+        eventually(lambda: b.status()["reserve"] == 64 * MIB, 60)
 
         # two that pull at once from a slow one, with a reader on top
         a.path("dir").mkdir()

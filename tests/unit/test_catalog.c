@@ -125,6 +125,27 @@ static void a_node_finds_what_it_registered_in_place(void **state)
     assert_string_equal(paths, "/data/m.bin ");
 }
 
+static void the_largest_are_told_but_for_what_lies_in_place(void **state)
+{
+    char path[] = "/data/m.bin";
+    struct model_version version = kit_version(900);
+    uint64_t sizes[3] = {0};
+    version.origin_path = path;
+    assert_int_equal(catalog_largest(b->catalog, "b", sizes, 3), 0);
+    assert_int_equal(do_publish(a, MODEL_ROOT, "linked", &version, CATALOG_COMPLETE), 0);
+    do_file(a, MODEL_ROOT, "x", 5);
+    do_file(a, MODEL_ROOT, "y", 70);
+    do_file(a, MODEL_ROOT, "z", 6);
+    kit_until(1000, sees(b, "z"));
+    assert_int_equal(catalog_largest(b->catalog, "b", sizes, 3), 3);
+    assert_int_equal(sizes[0], 900);
+    assert_int_equal(sizes[1], 70);
+    assert_int_equal(sizes[2], 6);
+    assert_int_equal(catalog_largest(b->catalog, "a", sizes, 2), 2);
+    assert_int_equal(sizes[0], 70);
+    assert_int_equal(sizes[1], 6);
+}
+
 /* ---- refusing ---- */
 
 static void bad_names_are_refused(void **state)
@@ -442,6 +463,7 @@ int main(void)
         KIT_STORY(a_new_node_sees_what_is_there),
         KIT_STORY(lists_are_in_byte_order_and_paths_lead_back),
         KIT_STORY(a_node_finds_what_it_registered_in_place),
+        KIT_STORY(the_largest_are_told_but_for_what_lies_in_place),
         KIT_STORY(bad_names_are_refused),
         KIT_STORY(a_path_is_at_most_4095_bytes),
         KIT_STORY(changes_are_refused_as_system_calls_are),

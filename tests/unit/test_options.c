@@ -10,7 +10,7 @@
 
 #include <cmocka.h>
 
-#include "fs/memory.h"
+#include "meta/base/memory.h"
 #include "fs/options.h"
 
 #define META "local:///var/lib/p2pfs"
