@@ -664,7 +664,7 @@ static ssize_t receive(struct tcp_link *link, size_t most, size_t *wanted)
             return recvmsg(fd, &header, MSG_DONTWAIT);
     }
     size_t room = TCP_STAGE_BYTES - link->stage_end;
-    if (link->body_left > 0 && room > TCP_TAIL_BYTES)
+    if ((link->body_left > 0 || link->fetches) && room > TCP_TAIL_BYTES)
         room = TCP_TAIL_BYTES; // more would be payload of the next slice, which had to be copied
     if (room > most - body)
         room = most - body;
