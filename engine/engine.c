@@ -130,6 +130,20 @@ static int lanes_open(struct engine *engine, char **error)
     return fast_open(engine, error);
 }
 
+/* What lands there comes from the network's side of the machine; what reads it there may be anywhere. */
+static void storage_near(struct engine *engine)
+{
+    struct transport_rail bound = {.standby = false};
+    snprintf(bound.address, sizeof bound.address, "%s", engine->address);
+    int node = engine->rail_count > 0 ? topology_node("/sys", engine->rails, engine->rail_count)
+                                      : topology_node("/sys", &bound, 1);
+    int status = node >= 0 ? storage_prefer(engine->storage, node) : 0;
+    if (status < 0 && status != -EOPNOTSUPP) {
+        log_info("replicas are not kept near the network, on NUMA node %d: %s", node,
+                 strerror(-status));
+    }
+}
+
 static void lanes_stop(struct engine *engine)
 {
     for (unsigned i = 0; i < engine->lane_count; i++) {
@@ -192,6 +206,9 @@ int engine_open(const struct engine_config *config, struct engine **engine, char
     bucket_open(&e->upload, config->max_upload);
     bucket_open(&e->download, config->max_download);
     status = lanes_open(e, error);
+    if (status == 0) {
+        storage_near(e);
+    }
     for (unsigned i = 0; status == 0 && i < e->lane_count; i++) {
         status = lane_start(e->lanes[i]);
     }
@@ -724,6 +741,7 @@ void engine_stats(struct engine *engine, struct engine_stats *out)
                               .rdma_why = engine->fast_why,
                               .storage = storage_kind(engine->storage),
                               .storage_why = storage_why(engine->storage),
+                              .storage_node = storage_node(engine->storage),
                               .reserve = storage_reserved(engine->storage),
                               .loop = loop_is_uring(engine->lanes[0]->loop) ? "io_uring" : "epoll",
                               .lanes = engine->lane_count};

@@ -307,6 +307,7 @@ struct engine_stats { /* gauges, then counters since the mount */
     const char *rdma_why;    /* why RDMA is not used, or "" */
     const char *storage;     /* "huge tmpfs", "memfd", "cache_dir" */
     const char *storage_why; /* why not huge tmpfs, or "" */
+    int storage_node;        /* NUMA node that replicas lie on while it has memory; -1: any */
     uint64_t reserve;        /* bytes whose pages are cleared ahead of pulls */
     const char *loop;        /* "io_uring" or "epoll" */
     unsigned lanes;

@@ -43,6 +43,7 @@ struct storage {
     enum storage_type type;
     int mount;  /* O_PATH-like descriptor of the tmpfs or the directory; -1 for memfd */
     int direct; /* the same of the tmpfs for writers that are not seen; -1: none */
+    int node;   /* NUMA; -1: the kernel chooses */
     atomic_uint direct_fills; /* how often that was found full */
     char why[128];
     uint64_t spare_limit;
@@ -93,6 +94,17 @@ static int tmpfs_mount(uint64_t limit, uint64_t slack, const char *huge)
     return mount < 0 ? -errno : mount;
 }
 
+static int tmpfs_prefer(int mount, int node)
+{
+    char policy[32];
+    util_autoclose int fs = (int)syscall(SYS_fspick, mount, "", FSPICK_EMPTY_PATH | FSPICK_CLOEXEC);
+    snprintf(policy, sizeof policy, "prefer:%d", node);
+    return fs < 0 || fs_config(fs, FSCONFIG_SET_STRING, "mpol", policy) < 0 ||
+                   fs_config(fs, FSCONFIG_CMD_RECONFIGURE, NULL, NULL) < 0
+               ? -errno
+               : 0;
+}
+
 static int dir_open(const char *dir, char **error)
 {
     int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -129,7 +141,7 @@ int storage_open(uint64_t limit, const char *dir, struct storage **storage, char
     }
     pthread_mutex_init(&s->lock, NULL);
     pthread_cond_init(&s->rested, NULL);
-    s->direct = -1;
+    s->direct = s->node = -1;
     for (unsigned i = 0; i < STORAGE_SPARES; i++) {
         s->spares[i].fd = -1;
     }
@@ -189,6 +201,21 @@ void storage_close(struct storage *storage)
     pthread_cond_destroy(&storage->rested);
     pthread_mutex_destroy(&storage->lock);
     free(storage);
+}
+
+int storage_prefer(struct storage *storage, int node)
+{
+    int status = storage->type == STORAGE_TMPFS ? tmpfs_prefer(storage->mount, node) : -EOPNOTSUPP;
+    if (status == 0 && storage->direct >= 0) {
+        status = tmpfs_prefer(storage->direct, node);
+    }
+    storage->node = status == 0 ? node : -1;
+    return status;
+}
+
+int storage_node(const struct storage *storage)
+{
+    return storage->node;
 }
 
 const char *storage_kind(const struct storage *storage)

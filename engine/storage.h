@@ -15,7 +15,10 @@ struct storage;
 
 /* limit: bytes that all files together may take; 0: there will be none. dir: NULL or a directory. `error` as in engine_open. */
 int storage_open(uint64_t limit, const char *dir, struct storage **storage, char **error);
-void storage_close(struct storage *storage);             /* files that are open live on */
+void storage_close(struct storage *storage); /* files that are open live on */
+/* Files that are made from now on take memory of this NUMA node while it has some. -EOPNOTSUPP: no tmpfs. */
+int storage_prefer(struct storage *storage, int node);
+int storage_node(const struct storage *storage);         /* that node; -1: none */
 const char *storage_kind(const struct storage *storage); /* "huge tmpfs", "memfd" or "cache_dir" */
 const char *storage_why(const struct storage *storage);  /* why not huge tmpfs, or "" */
 

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <ifaddrs.h>
 #include <limits.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -336,4 +337,52 @@ int topology_rails(const char *listen, const struct topology_wish *wish,
         *count = 1;
     }
     return status;
+}
+
+// -- Memory ---------------------------------------------------------------------------------------
+
+/* Whether one of them is this address, or any. */
+static bool address_among(const struct sockaddr *address, const struct transport_rail *rails,
+                          unsigned count)
+{
+    char host[INET6_ADDRSTRLEN], text[INET6_ADDRSTRLEN + 4];
+    bool v6 = address->sa_family == AF_INET6;
+    inet_ntop(address->sa_family,
+              v6 ? (const void *)&((const struct sockaddr_in6 *)address)->sin6_addr
+                 : (const void *)&((const struct sockaddr_in *)address)->sin_addr,
+              host, sizeof(host));
+    snprintf(text, sizeof(text), v6 ? "[%s]:" : "%s:", host);
+    for (unsigned i = 0; i < count; i++)
+        if (strncmp(rails[i].address, text, strlen(text)) == 0 ||
+            strncmp(rails[i].address, "0.0.0.0:", 8) == 0 ||
+            strncmp(rails[i].address, "[::]:", 5) == 0)
+            return true;
+    return false;
+}
+
+int topology_node(const char *sysfs, const struct transport_rail *rails, unsigned count)
+{
+    char text[64];
+    struct ifaddrs *all = NULL;
+    if (!line_read(text, sizeof(text), "%s/devices/system/node/online", sysfs) ||
+        !strpbrk(text, "-,") || getifaddrs(&all) != 0)
+        return -1;
+    int node = -1;
+    for (struct ifaddrs *one = all; one; one = one->ifa_next) {
+        int family = one->ifa_addr ? one->ifa_addr->sa_family : AF_UNSPEC;
+        if ((family != AF_INET && family != AF_INET6) || !(one->ifa_flags & IFF_UP) ||
+            !address_among(one->ifa_addr, rails, count) ||
+            !line_read(text, sizeof(text), "%s/class/net/%s/device/numa_node", sysfs,
+                       one->ifa_name) ||
+            text[0] == '-')
+            continue;
+        int its = atoi(text);
+        if (node >= 0 && its != node) {
+            node = -1;
+            break;
+        }
+        node = its;
+    }
+    freeifaddrs(all);
+    return node;
 }

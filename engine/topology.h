@@ -70,5 +70,8 @@ int topology_choose(const struct topology *topology, const struct topology_wish 
 int topology_rails(const char *listen, const struct topology_wish *wish,
                    struct transport_rail rails[TOPOLOGY_RAILS_MAX], unsigned *count,
                    char why[TOPOLOGY_WHY_MAX]);
+/* The NUMA node that the network interfaces with these addresses hang on ("any address": all that are up), -1: there is
+ * only one node, they are on several, or it is not known. */
+int topology_node(const char *sysfs, const struct transport_rail *rails, unsigned count);
 
 #endif

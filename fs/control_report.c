@@ -77,6 +77,8 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_text(out, "storage", stats.storage);
     json_put_text(out, "storage_why", stats.storage_why ? stats.storage_why : "");
     json_put_u64(out, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
+    if (stats.storage_node >= 0)
+        json_put_u64(out, "storage_node", (uint64_t)stats.storage_node);
     json_put_u64(out, "reserve", stats.reserve);
     json_put_text(out, "loop", stats.loop);
     json_put_u64(out, "lanes", stats.lanes);

@@ -7,6 +7,7 @@
 #include <cmocka.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -169,6 +170,45 @@ static void what_is_full_is_told_of(void **state)
     storage_close(small);
 }
 
+/* As /proc/self/numa_maps has it; "": nothing is known of that address. */
+static void policy_at(const uint8_t *at, char policy[32])
+{
+    char line[512];
+    unsigned long begin;
+    FILE *table = fopen("/proc/self/numa_maps", "re");
+    *policy = '\0';
+    while (table && fgets(line, sizeof line, table)) {
+        char found[32];
+        if (sscanf(line, "%lx %31s", &begin, found) == 2 && begin == (unsigned long)(uintptr_t)at) {
+            snprintf(policy, 32, "%s", found);
+        }
+    }
+    if (table) {
+        fclose(table);
+    }
+}
+
+static void files_lie_on_the_node_that_is_preferred(void **state)
+{
+    int status = storage_prefer(*state, 0);
+    if (status == -EOPNOTSUPP || status == -EINVAL) {
+        skip(); /* no tmpfs, or a kernel without NUMA */
+    }
+    assert_int_equal(status, 0);
+    assert_int_equal(storage_node(*state), 0);
+    char policy[32];
+    uint8_t *map = NULL;
+    int fd = storage_file_dirty(*state, "a", MIB);
+    assert_int_equal(storage_map(fd, MIB, &map), 0);
+    assert_int_equal(storage_populate(map, MIB), 0);
+    policy_at(map, policy);
+    assert_true(!*policy || strcmp(policy, "prefer:0") == 0);
+    storage_unmap(map, MIB);
+    close(fd);
+    assert_true(storage_prefer(*state, 1000) < 0);
+    assert_int_equal(storage_node(*state), -1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -179,6 +219,8 @@ int main(void)
                                         close_memory),
         cmocka_unit_test_setup_teardown(spares_end_when_there_are_too_many_or_room_is_needed,
                                         open_memory, close_memory),
+        cmocka_unit_test_setup_teardown(files_lie_on_the_node_that_is_preferred, open_memory,
+                                        close_memory),
         cmocka_unit_test(what_is_full_is_told_of),
         cmocka_unit_test(a_directory_takes_files_too),
     };

@@ -280,6 +280,31 @@ static void a_malformed_matrix_is_refused_with_the_place(void **state)
     free(matrix);
 }
 
+static int node_of(const char *first, const char *second)
+{
+    struct transport_rail both[2] = {{.standby = false}};
+    snprintf(both[0].address, sizeof(both[0].address), "%s", first);
+    snprintf(both[1].address, sizeof(both[1].address), "%s", second ? second : "");
+    return topology_node(root, both, second ? 2 : 1);
+}
+
+static void memory_is_wanted_near_the_interface(void **state)
+{
+    (void)state;
+    put("1", "class/net/lo/device/numa_node");
+    put("0", "devices/system/node/online");
+    assert_int_equal(node_of("127.0.0.1:7", NULL), -1); // there is no other
+    put("0-1", "devices/system/node/online");
+    assert_int_equal(node_of("127.0.0.1:7", NULL), 1);
+    assert_int_equal(node_of("192.0.2.1:7", "127.0.0.1:0"), 1);
+    assert_int_equal(node_of("0.0.0.0:7", NULL), 1);
+    assert_int_equal(node_of("[::]:7", NULL), 1);
+    assert_int_equal(node_of("192.0.2.1:7", NULL), -1);
+    assert_int_equal(node_of("127.0.0.11:7", NULL), -1); // which only begins alike
+    put("-1", "class/net/lo/device/numa_node");
+    assert_int_equal(node_of("127.0.0.1:7", NULL), -1);
+}
+
 int main(void)
 {
 #define STORY(tell) cmocka_unit_test_setup_teardown(tell, tree_setup, tree_end)
@@ -293,6 +318,7 @@ int main(void)
         STORY(the_port_that_is_up_is_used),
         STORY(a_matrix_names_what_comes_first_and_what_stands_by),
         STORY(a_malformed_matrix_is_refused_with_the_place),
+        STORY(memory_is_wanted_near_the_interface),
     };
     return cmocka_run_group_tests_name("topology", tests, NULL, NULL);
 }
