@@ -209,11 +209,11 @@ def llama_rows(bench, runner, a, b):
 
 def cold_rows(bench, loader, nodes, files, http, size):
     """A file that nothing is here of: pulled and loaded at once, and what others do instead."""
-    path = nodes[1].path(files[0].name)
+    path, streamed = (node.path(files[0].name) for node in nodes[1:])
     pids = [*http.pids(), *(process.pid for process in (*nodes, loader.process))]
     serial = iter(range(1 << 20))
 
-    def away():
+    def away(path=path):
         eventually(lambda: bench.evicted(path), 30, "the copy is evicted")
         bench.warm(size)
 
@@ -234,6 +234,8 @@ def cold_rows(bench, loader, nodes, files, http, size):
             result["mapped"] = loader.ask("safetensors", path)
             away()
             result["eager"] = loader.ask("safetensors eager", path)
+            away(streamed)
+            result["streamed"] = loader.ask("safetensors", streamed)
             bench.warm(size)
             result["http"] = fetched()
             if http.rclone:
@@ -253,7 +255,8 @@ def cold_rows(bench, loader, nodes, files, http, size):
     add("loaders", "safetensors, complete file", seconds("warm"), "s", note=note)
     for key, what, goal in (
         ("mapped", "safetensors, cold: pulled while it is loaded (of the longer of both)", "<= 1.3"),
-        ("eager", "the same, read whole before it is parsed", None),
+        ("streamed", "the same with open=stream", None),
+        ("eager", "safetensors, cold, read whole before it is parsed", None),
         ("http", "curl from nginx, then load", None),
         ("rclone", "rclone mount of nginx, load", None),
     ):
@@ -268,7 +271,7 @@ def run(bench):
     cluster = bench.cluster()
     loader = http = None
     try:
-        a, b = cluster.node("a"), cluster.node("b")
+        a, b, c = cluster.node("a"), cluster.node("b"), cluster.node("c", open="stream")
         runner = Frameworks(bench.home, newer=True)
         maker = Loader(runner)
         files = model(bench, maker)
@@ -282,7 +285,7 @@ def run(bench):
             run_p2pfs("pull", b.path(file.name))
         loader = Loader(runner)  # sees what is mounted by now
         warm_rows(bench, loader, b, files, size)
-        cold_rows(bench, loader, (a, b), files, http, size)
+        cold_rows(bench, loader, (a, b, c), files, http, size)
         llama_rows(bench, runner, a, b)
     finally:
         for one in (loader, http):
