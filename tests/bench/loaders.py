@@ -133,9 +133,9 @@ def timed(what):
     return time.monotonic() - begun
 
 
-def turned(serial, things):
-    """They take turns in being the first."""
-    return list(things)[:: 1 if next(serial) % 2 else -1]
+def turned(turn, things):
+    """They take turns in being the first: `turn` counts the rounds."""
+    return list(things)[:: 1 if turn % 2 else -1]
 
 
 def on_huge_pages(made):
@@ -156,13 +156,13 @@ def model(bench, loader):
 def warm_rows(bench, loader, b, files, size):
     """Complete files."""
     ways = {"safetensors": 0, "safetensors eager": 0, "torch": 1, "torch mmap": 1}
-    serial = itertools.count()
+    turns = itertools.count()
 
     def once():
-        result = {}
+        result, turn = {}, next(turns)
         with bench.watch([b.pid, loader.process.pid]) as watch:
             for way, index in ways.items():
-                for key, path in turned(serial, (("mount", b.path(files[index].name)), ("huge", files[index]))):
+                for key, path in turned(turn, (("mount", b.path(files[index].name)), ("huge", files[index]))):
                     bench.warm(size)
                     result[way, key] = size / 1e9 / loader.ask(way, path)
         return watch.others, result
@@ -184,7 +184,7 @@ def llama_rows(bench, runner, a, b):
     run_p2pfs("pull", b.path(file.name))
     size = file.stat().st_size
     modes = ("mmap", "none")
-    serial = itertools.count()
+    turns = itertools.count()
 
     def started(model, mode):
         return timed(lambda: runner.run(
@@ -192,10 +192,10 @@ def llama_rows(bench, runner, a, b):
         ))  # fmt: skip
 
     def once():
-        result = {}
+        result, turn = {}, next(turns)
         with bench.watch([b.pid]) as watch:
             for mode in modes:
-                for key, path in turned(serial, (("mount", b.path(file.name)), ("huge", file))):
+                for key, path in turned(turn, (("mount", b.path(file.name)), ("huge", file))):
                     bench.warm(size)
                     result[mode, key] = size / 1e9 / started(path, mode)
         return watch.others, result
