@@ -1,9 +1,9 @@
-"""Two adapters, and the wire of one is cut."""
+"""Wires that are cut."""
 
 import subprocess
 
 import pytest
-from test_rdma_mount import MIB, SIZE, Reading, arriving, by_adapter, register, seen, twin, warm  # noqa: F401
+from test_rdma_mount import MIB, SIZE, Reading, arriving, by_adapter, pair, register, seen, twin, warm  # noqa: F401
 
 from harness.guest import HOSTS, SECOND
 from harness.wait import eventually
@@ -11,25 +11,42 @@ from harness.wait import eventually
 pytestmark = pytest.mark.limit(150)
 
 
-def wire(pair, cut):
+def wire(ends, cut):
     """What the two ends of a pair send each other is lost, or arrives again. Their interfaces stay up: soft-RoCE of
     Linux 6.12 did not connect again over one that had been down while connections were tried."""
     for end, other in ((0, 1), (1, 0)):
-        there, by = pair[other].ipv4, ["dev", pair[end].netdev]
+        there, by = ends[other].ipv4, ["dev", ends[end].netdev]
         nowhere = ["replace", there, *by, "lladdr", "02:00:00:00:de:ad", "nud", "permanent"]
         subprocess.run(["ip", "neigh", *(nowhere if cut else ["del", there, *by])], check=True)
+
+
+def connected(node):
+    return node.peers()["peers"][0]["connected"]
+
+
+def test_a_peer_that_falls_silent_is_noticed_though_nothing_is_asked_of_it(pair):
+    """Its lease lasts all the while, and a link that nobody needs stays for 30 s: it is the link that tells."""
+    first, second = pair
+    register(first, "f", size=MIB)
+    seen(second, "f").read_bytes()
+    assert connected(second)
+    wire(HOSTS, cut=True)
+    try:
+        eventually(lambda: not connected(second), 20, "the silence is noticed")
+    finally:
+        wire(HOSTS, cut=False)
 
 
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
 def test_a_wire_that_is_cut_is_paused_and_comes_back(twin, lost):
     first, second = twin
-    pair = (HOSTS, SECOND)[lost]
+    ends = (HOSTS, SECOND)[lost]
     warm(first, second)
     before = second.status()["bytes_received"]
     data = register(first, "f", size=6 * SIZE)
     reading = Reading(seen(second, "f"))
     arriving(second, before)
-    wire(pair, cut=True)
+    wire(ends, cut=True)
     try:
         assert reading.result() == data
         status = second.status()
@@ -39,7 +56,7 @@ def test_a_wire_that_is_cut_is_paused_and_comes_back(twin, lost):
         assert seen(second, "g").read_bytes() == data
         assert by_adapter(second)[lost] == alone[lost]
     finally:
-        wire(pair, cut=False)
+        wire(ends, cut=False)
     count = 0
 
     def returned():
@@ -49,4 +66,4 @@ def test_a_wire_that_is_cut_is_paused_and_comes_back(twin, lost):
         assert seen(second, f"h{count}").read_bytes() == more
         return by_adapter(second)[lost] > alone[lost]
 
-    eventually(returned, 60, f"{pair[1].device} carries shards again")
+    eventually(returned, 60, f"{ends[1].device} carries shards again")
