@@ -312,8 +312,8 @@ struct sweep {
     int (*one)(struct sweep *sweep, const struct model_id *version);
     bool force;
     uint64_t files, bytes, touched, failed, inplace;
-    bool open; /* what refused to be evicted is open here */
-    int error; /* the first, and whose it was */
+    bool open, pulled; /* what refused to be evicted is so here */
+    int error;         /* the first, and whose it was */
     char path[MODEL_PATH_MAX + 1];
 };
 
@@ -369,8 +369,11 @@ static int evict_one(struct sweep *sweep, const struct model_id *version)
         rc = evict_once(sweep, version);
     if (rc == -ENOENT) /* nothing here, which is what was asked for */
         return 0;
-    if (rc == -EBUSY && sweep->failed == 0)
-        sweep->open = engine_info(control->house->engine, version, &info) == 0 && info.open > 0;
+    if (rc == -EBUSY && sweep->failed == 0 &&
+        engine_info(control->house->engine, version, &info) == 0) {
+        sweep->open = info.open > 0;
+        sweep->pulled = info.state == ENGINE_FETCHING;
+    }
     if (rc == 0) {
         sweep->touched++;
         sweep->bytes += info.resident;
@@ -396,8 +399,9 @@ static const char *sweep_why(const struct sweep *sweep)
     if (sweep->one == evict_one && sweep->error == -EBUSY && sweep->open)
         return "it is open on this node: close its readers first";
     if (sweep->one == evict_one && sweep->error == -EBUSY)
-        return sweep->force ? "it is being pulled or read by peers: try again in a moment"
-                            : "no other live node holds all of it (--force drops a last copy)";
+        return sweep->pulled  ? "it is being pulled: try again when that is over"
+               : sweep->force ? "peers read it: try again in a moment"
+                              : "no other live node holds all of it (--force drops a last copy)";
     if (sweep->one == evict_one && sweep->error == -EPERM)
         return "it is pinned: p2pfs unpin it first";
     return control_why(sweep->error);

@@ -383,6 +383,16 @@ def test_evict_spares_open_and_pinned_files(two, source):
     assert answer(b, "info", "ckpt")["resident"] == 0
 
 
+def test_evict_says_that_a_pull_runs(cluster, tmp_path):
+    a, b = cluster.node(), cluster.node(max_download="1M")
+    write_file(tmp_path / "m", 64 * MIB)
+    a.path("m").symlink_to(tmp_path / "m")
+    eventually(lambda: b.path("m").exists())
+    with open(b.path("m"), "rb", buffering=0) as file:
+        assert file.read(1)
+    failed(b.cli("evict", "m", check=False), "it is being pulled")
+
+
 def test_evict_right_after_a_pull(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
