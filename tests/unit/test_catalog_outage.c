@@ -62,7 +62,7 @@ static void while_the_service_is_away_names_are_read_and_changes_fail(void **sta
     bring_back();
     kit_until(4000, online(a) && online(b));
     kit_until(4000, strcmp(do_holders(a, &id), "b+ ") == 0);
-    assert_string_equal(do_holders(b, &id), "a+ ");
+    kit_until(4000, strcmp(do_holders(b, &id), "a+ ") == 0);
     assert_int_equal(do_publish(a, MODEL_ROOT, "g", &version, CATALOG_COMPLETE), 0);
     kit_until(1000, sees(b, "g"));
     assert_int_equal(kit_gone(a) + b->gone, 0);
@@ -108,7 +108,8 @@ static void a_holder_that_leaves_during_an_outage_is_withdrawn_after_it(void **s
         bring_back();
         kit_until(4000, online(a) && online(b));
         kit_until(4000, strcmp(do_holders(a, &id), "") == 0);
-        assert_string_equal(do_holders(b, &id), "a+ "); /* what could not be asked for stands */
+        /* what could not be asked for stands */
+        kit_until(4000, strcmp(do_holders(b, &id), "a+ ") == 0);
     }
 }
 
