@@ -11,8 +11,9 @@
 #include "fs/through.h"
 #include "meta/base/util.h"
 
-/* Bytes a second that programs get out of the page cache of an arriving file, measured by
- * `scripts/bench loaders`: what arrives more slowly is better loaded while it arrives. */
+/* Bytes a second that programs get out of the page cache of an arriving file, as measured on two
+ * cores: what arrives more slowly is better loaded while it arrives. `scripts/bench loaders` shows
+ * both ways beside each other. */
 #define HOLD_RATE   2600000000ull
 #define HOLD_MOST   500000000ull /* ns; who opens a file may have other things to do meanwhile */
 #define HOLD_LEAST  50000000ull  /* ns, however small the file: nobody notices */
