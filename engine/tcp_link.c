@@ -8,6 +8,7 @@
 #include <sys/uio.h>
 #include <utlist.h>
 
+#include "engine/tcp_pace.h"
 #include "meta/base/buf.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -100,88 +101,17 @@ static enum progress queue_write(struct tcp_link *link, int flags)
     return IDLE;
 }
 
-void tcp_link_push(struct tcp_link *link)
-{
-    if (link->state == TCP_OPEN && link->slice.left == 0)
-        queue_write(link, 0);
-}
-
-// -- Limits ---------------------------------------------------------------------------------------
-
-/* What the loop is to wait for: neither direction turns over a socket while a limit makes it wait. */
-static void link_watch(struct tcp_link *link)
+void tcp_link_watch(struct tcp_link *link)
 {
     uint32_t events = (link->in.waits ? POLLRDHUP : POLLIN) | (link->blocked ? POLLOUT : 0);
     if (loop_watch_set(link->base.transport->loop, &link->watch, events) < 0)
         tcp_link_break(link, -ENOMEM, "out of memory");
 }
 
-/* Nothing moves this way: others need not wait for it. */
-static void pace_stop(struct tcp_link *link, struct tcp_pace *pace)
+void tcp_link_push(struct tcp_link *link)
 {
-    loop_timer_clear(link->base.transport->loop, &pace->timer);
-    pace->waits = false;
-    if (pace->bucket)
-        bucket_leave(pace->bucket, &pace->ticket);
-}
-
-/* How many shard bytes may move now, SIZE_MAX: as many as there are. 0: the timer tells when. */
-static size_t pace_credit(struct tcp_link *link, struct tcp_pace *pace, bool urgent)
-{
-    if (!pace->bucket || bucket_rate(pace->bucket) == 0) {
-        pace_stop(link, pace);
-        return SIZE_MAX;
-    }
-    if (pace->credit > 0)
-        return pace->credit;
-    uint64_t wait_ns = 0;
-    pace->credit =
-        bucket_take(pace->bucket, &pace->ticket, TCP_SLICE_BYTES, urgent, util_now_ns(), &wait_ns);
-    pace->waits = pace->credit == 0;
-    if (!pace->waits)
-        loop_timer_clear(link->base.transport->loop, &pace->timer);
-    else if (loop_timer_set(link->base.transport->loop, &pace->timer, wait_ns) < 0)
-        tcp_link_break(link, -ENOMEM, "out of memory");
-    return pace->credit;
-}
-
-static void pace_spend(struct tcp_pace *pace, size_t bytes)
-{
-    pace->credit -= bytes < pace->credit ? bytes : pace->credit;
-}
-
-static void out_due(struct loop_timer *timer)
-{
-    struct tcp_link *link = util_container(timer, struct tcp_link, out.timer);
-    link->out.waits = false;
-    if (link->state == TCP_OPEN)
-        tcp_link_write(link);
-}
-
-static void in_due(struct loop_timer *timer)
-{
-    struct tcp_link *link = util_container(timer, struct tcp_link, in.timer);
-    link->in.waits = false;
-    if (link->state == TCP_OPEN)
-        tcp_link_read(link);
-    if (!link->dead && link->state == TCP_OPEN)
-        link_watch(link);
-}
-
-void tcp_link_pace(struct tcp_link *link)
-{
-    struct tcp_transport *t = tcp_transport_of(link->base.transport);
-    link->out = (struct tcp_pace){.bucket = t->upload, .timer.due = out_due};
-    link->in = (struct tcp_pace){.bucket = t->download, .timer.due = in_due};
-}
-
-void tcp_link_unpace(struct tcp_link *link)
-{
-    struct tcp_pace *both[] = {&link->out, &link->in};
-    for (int i = 0; i < 2; i++) {
-        pace_stop(link, both[i]);
-        both[i]->bucket = NULL;
-    }
+    if (link->state == TCP_OPEN && link->slice.left == 0)
+        queue_write(link, 0);
 }
 
 // -- Exposed regions ------------------------------------------------------------------------------
@@ -263,43 +193,13 @@ static void exposure_quiet(struct tcp_link *link, struct tcp_exposure *e, bool f
     end_put(link, e->id, failed);
 }
 
-/* What is urgent and takes long has the other links of this peer yield, until it should have sent two slices more; not
- * for long, since it may be taken back meanwhile. */
-static void yield_ask(struct tcp_link *link, const struct tcp_exposure *e, uint64_t now)
-{
-    if (!link->base.yield_ns || e->sent < TCP_SLICE_BYTES)
-        return;
-    uint64_t slice_ns = (now - e->since_ns) / (e->sent / TCP_SLICE_BYTES);
-    uint64_t claim_ns = 2 * slice_ns < TCP_CLAIM_NS ? 2 * slice_ns : TCP_CLAIM_NS;
-    if (slice_ns * (e->region.length / TCP_SLICE_BYTES) > TCP_SLOW_NS)
-        atomic_store(link->base.yield_ns, now + claim_ns);
-}
-
-/* How much of what is not urgent may leave in the next slice. 0: the timer tells when. */
-static size_t yield_most(struct tcp_link *link, uint64_t now)
-{
-    uint64_t until = link->base.yield_ns ? atomic_load(link->base.yield_ns) : 0;
-    uint64_t turn = link->yielded_ns + TCP_YIELD_NS;
-    if (now >= until)
-        return TCP_SLICE_BYTES;
-    if (now >= turn) {
-        link->yielded_ns = now;
-        return TCP_YIELD_BYTES;
-    }
-    pace_stop(link, &link->out);
-    if (loop_timer_set(link->base.transport->loop, &link->out.timer,
-                       (until < turn ? until : turn) - now) < 0)
-        tcp_link_break(link, -ENOMEM, "out of memory");
-    return 0;
-}
-
 /* Begins the next slice: urgent ones first, else in turns. A limit is asked before, never within a slice, for messages
  * would wait behind it. */
 static enum progress slice_next(struct tcp_link *link)
 {
     struct tcp_exposure *e = link->urgent ? link->urgent : link->normal;
     if (!e) {
-        pace_stop(link, &link->out);
+        tcp_pace_stop(link, &link->out);
         return IDLE;
     }
     uint64_t now = util_now_ns();
@@ -307,10 +207,10 @@ static enum progress slice_next(struct tcp_link *link)
         e->since_ns = now;
     size_t yielded = TCP_SLICE_BYTES;
     if (link->urgent)
-        yield_ask(link, e, now);
-    else if ((yielded = yield_most(link, now)) == 0)
+        tcp_pace_yield_ask(link, e, now);
+    else if ((yielded = tcp_pace_yield_most(link, now)) == 0)
         return PAUSED;
-    size_t most = pace_credit(link, &link->out, link->urgent != NULL);
+    size_t most = tcp_pace_credit(link, &link->out, link->urgent != NULL);
     if (most == 0)
         return PAUSED;
     size_t length = e->region.length - e->sent;
@@ -413,7 +313,7 @@ static enum progress slice_write(struct tcp_link *link, size_t *budget)
             return write_failed(link, errno);
         link->slice.left -= (size_t)n;
         *budget -= (size_t)n;
-        pace_spend(&link->out, (size_t)n);
+        tcp_pace_spend(&link->out, (size_t)n);
         if (e) {
             e->sent += (size_t)n;
             e->turn += (size_t)n;
@@ -451,7 +351,7 @@ void tcp_link_write(struct tcp_link *link)
     if (link->dead || link->state != TCP_OPEN)
         return;
     link->blocked = p == BLOCKED;
-    link_watch(link);
+    tcp_link_watch(link);
 }
 
 // -- Receiving ------------------------------------------------------------------------------------
@@ -693,13 +593,13 @@ static void received(struct tcp_link *link, size_t length)
 static size_t read_credit(struct tcp_link *link)
 {
     if (!link->fetches && link->body_left == 0) {
-        pace_stop(link, &link->in);
+        tcp_pace_stop(link, &link->in);
         return SIZE_MAX;
     }
     bool urgent = false;
     for (struct transport_fetch *fetch = link->fetches; fetch && !urgent; fetch = fetch->next)
         urgent = fetch->urgent;
-    return pace_credit(link, &link->in, urgent);
+    return tcp_pace_credit(link, &link->in, urgent);
 }
 
 void tcp_link_read(struct tcp_link *link)
@@ -710,7 +610,7 @@ void tcp_link_read(struct tcp_link *link)
         size_t most = read_credit(link);
         if (most == 0) {
             if (link->state == TCP_OPEN)
-                link_watch(link);
+                tcp_link_watch(link);
             return;
         }
         ssize_t n = receive(link, most, &wanted);
@@ -727,7 +627,7 @@ void tcp_link_read(struct tcp_link *link)
                            link->greeted ? "" : " before it said anything");
             return;
         }
-        pace_spend(&link->in, (size_t)n);
+        tcp_pace_spend(&link->in, (size_t)n);
         received(link, (size_t)n);
         budget -= (size_t)n < budget ? (size_t)n : budget;
         if ((size_t)n < wanted)

@@ -22,15 +22,11 @@
 
 #define TCP_PREFACE_BYTES    8
 #define TCP_HEAD_BYTES       20
-#define TCP_SLICE_BYTES      (1u << 20)  /* payload of one DATA frame */
-#define TCP_SHARE_BYTES      (8u << 20)  /* of one exposure, before another's turn */
-#define TCP_YIELD_BYTES      (64u << 10) /* each TCP_YIELD_NS while it yields: not stalled */
-#define TCP_YIELD_NS         250000000ull
-#define TCP_SLOW_NS          200000000ull  /* a region that takes longer has others yield, */
-#define TCP_CLAIM_NS         1000000000ull /* for so long at most with each slice */
-#define TCP_TURN_BYTES       (4u << 20)    /* in one turn, each way: another link is waiting */
-#define TCP_QUEUE_BYTES      (4u << 20)    /* messages that wait to be sent */
-#define TCP_PIECES           64            /* of scattered memory, in one call to the kernel */
+#define TCP_SLICE_BYTES      (1u << 20) /* payload of one DATA frame */
+#define TCP_SHARE_BYTES      (8u << 20) /* of one exposure, before another's turn */
+#define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
+#define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
+#define TCP_PIECES           64         /* of scattered memory, in one call to the kernel */
 #define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
 #define TCP_STAGE_BYTES      (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
 #define TCP_DESCRIPTOR_BYTES 13 /* 'T', id u32, length u64 */
@@ -139,8 +135,8 @@ void tcp_link_read(struct tcp_link *link);
 void tcp_link_write(struct tcp_link *link);
 void tcp_link_push(struct tcp_link *link);   /* what of the queue goes without waiting */
 void tcp_link_forget(struct tcp_link *link); /* frees buffers and exposures */
-void tcp_link_pace(struct tcp_link *link);   /* takes the transport's limits, when it is made */
-void tcp_link_unpace(struct tcp_link *link); /* leaves their lines */
+/* What the loop is to wait for: neither direction turns over a socket while a limit makes it wait. */
+void tcp_link_watch(struct tcp_link *link);
 
 int tcp_link_send(struct link *link, const void *message, size_t length);
 int tcp_link_expose(struct link *link, uint32_t id, const struct transport_region *region,

@@ -10,6 +10,7 @@
 
 #include "engine/lookup.h"
 #include "engine/tcp_link.h"
+#include "engine/tcp_pace.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
@@ -43,7 +44,7 @@ static void link_disconnect(struct tcp_link *link)
 {
     struct loop *loop = link->base.transport->loop;
     loop_timer_clear(loop, &link->patience);
-    tcp_link_unpace(link);
+    tcp_pace_leave(link);
     loop_watch_clear(loop, &link->watch);
     if (link->watch.fd >= 0)
         close(link->watch.fd);
@@ -100,7 +101,7 @@ static void link_ready(struct loop_watch *watch, uint32_t ready)
         return;
     }
     if (ready & ~(uint32_t)(POLLOUT | POLLIN))
-        tcp_link_unpace(link); // it ends: what is left comes now, or the loop would turn over it
+        tcp_pace_leave(link); // it ends: what is left comes now, or the loop would turn over it
     if (ready & ~(uint32_t)POLLOUT)
         tcp_link_read(link);
     if (!link->dead && link->state == TCP_OPEN && (ready & POLLOUT))
@@ -125,7 +126,7 @@ static struct tcp_link *link_new(struct tcp_transport *t)
     link->watch.fd = -1;
     link->watch.ready = link_ready;
     link->patience.due = link_impatient;
-    tcp_link_pace(link);
+    tcp_pace_open(link);
     if (tcp_link_greet(link) < 0) {
         tcp_link_forget(link);
         free(link);
