@@ -1,4 +1,4 @@
-/* Codec: the keys and records of the metadata, the same for every backend.
+/* Codec: the keys (codec_key.c) and records (codec.c) of the metadata, the same for every backend.
  *
  *   t/e/<parent>/<name>   a directory entry (parent: 16 hex digits, name: percent-encoded)
  *   t/d/<id>              a directory exists (so that creating in it and removing it can't both win)
@@ -33,7 +33,7 @@
 
 enum codec_kind { CODEC_OTHER, CODEC_ENTRY, CODEC_DIR, CODEC_VERSION, CODEC_NODE, CODEC_HOLDER };
 
-/* What a key names; fills parent and name (entry: decoded, name has room for 256 bytes), id, dir or node. */
+/* What a key names. */
 struct codec_key {
     enum codec_kind kind;
     uint64_t parent; /* entry; for CODEC_DIR the directory's id */
