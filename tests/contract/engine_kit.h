@@ -103,7 +103,7 @@ static void node_up(struct node *node)
     struct catalog_config catalog = {
         .url = url,
         .self = {.boot = boot, .pid = getpid(), .host = "this-machine"},
-        .lease_ms = 3000,
+        .lease_ms = 10000,
         .events = {.arg = node, .version_gone = version_gone, .version_sealed = version_sealed}};
     snprintf(catalog.self.name, sizeof catalog.self.name, "%s", node->name);
     snprintf(catalog.self.locality, sizeof catalog.self.locality, "%s",

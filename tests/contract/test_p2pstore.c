@@ -49,7 +49,7 @@ static void nap(unsigned ms)
 
 static struct p2pstore *opened(const char *node)
 {
-    static const char *const options[] = {"listen=127.0.0.1:0", "read_timeout=3", "log_level=error",
+    static const char *const options[] = {"listen=127.0.0.1:0", "read_timeout=8", "log_level=error",
                                           NULL};
     struct p2pstore *store = NULL;
     int status = p2pstore_open(url, node, options, &store);
@@ -228,14 +228,15 @@ static void a_list_says_who_has_what(void **state)
     struct cut from = cut(3 * MIB, lengths, 3);
     struct cut to = cut(3 * MIB, lengths, 1);
     struct cut small = cut(5, NULL, 1);
-    struct p2pstore_list *list;
+    struct p2pstore_list *list = NULL;
     fill(from.bytes, from.room, 1);
     assert_int_equal(put(A, "m/b", &from), 0);
     assert_int_equal(put(A, "m/a-2", &small), 0);
     assert_int_equal(put(A, "n", &small), 0);
     assert_int_equal(get(B, "m/b", &to), 0);
-    assert_int_equal(p2pstore_list(B, "m/", PATIENCE, &list), 0);
-    assert_int_equal(p2pstore_list_count(list), 2);
+    EVENTUALLY((p2pstore_list_free(list), p2pstore_list(B, "m/", PATIENCE, &list) == 0 &&
+                                              p2pstore_list_count(list) == 2 &&
+                                              p2pstore_list_entry(list, 1)->holders == 2));
     const struct p2pstore_entry *entry = p2pstore_list_entry(list, 1);
     assert_string_equal(p2pstore_list_entry(list, 0)->name, "m/a-2");
     assert_string_equal(entry->name, "m/b");
@@ -246,7 +247,6 @@ static void a_list_says_who_has_what(void **state)
     assert_int_equal(entry->sizes[0], 1000);
     assert_int_equal(entry->sizes[1], 2 * MIB);
     assert_int_equal(entry->sizes[2], MIB - 1000);
-    assert_int_equal(entry->holders, 2);
     assert_int_equal(entry->state, P2PSTORE_REPLICA);
     assert_int_equal(p2pstore_list_entry(list, 0)->state, P2PSTORE_AVAILABLE);
     assert_int_equal(p2pstore_list_entry(list, 0)->size_count, 1);
@@ -317,7 +317,7 @@ static struct p2pstore_request *pull_begin(const struct cut *to)
     struct p2pstore_request *request = NULL;
     uint64_t done = 0, total = 0;
     int status = -ENOENT;
-    for (int turn = 0; turn < 300 && status == -ENOENT; turn++) {
+    for (int turn = 0; turn < 3000 && status == -ENOENT; turn++) {
         status = p2pstore_get_replica_start(B, "big", to->ranges, to->count, NULL, NULL, &request);
         if (status == -ENOENT)
             nap(10);

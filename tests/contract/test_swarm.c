@@ -11,11 +11,12 @@ static void pull_together(const char *name)
     for (unsigned i = 1; i < 4; i++) {
         (void)version_of(&nodes[i], name);
     }
-    transport_mem_faults_set(&(struct transport_mem_faults){.delay_ms = 10});
+    transport_mem_faults_set(&(struct transport_mem_faults){.delay_ms = 300});
     struct model_id version = version_of(B, name);
     for (unsigned i = 1; i < 4; i++) {
         assert_int_equal(engine_pull(nodes[i].engine, &version), 0);
     }
+    transport_mem_faults_set(&(struct transport_mem_faults){.delay_ms = 10});
     for (unsigned i = 1; i < 4; i++) {
         assert_int_equal(read_all(&nodes[i], name, 1, SIZE), 0);
         expect_complete(&nodes[i], name);

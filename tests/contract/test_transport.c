@@ -343,7 +343,7 @@ static void shut_inside_every_event(void **state)
         memset(&holder, 0, sizeof(holder));
         if (event == 0)
             puller.on_connected = shut_connected;
-        assert_int_equal(ops->connect(transport, address, 2000, &puller, &puller.link), 0);
+        assert_int_equal(ops->connect(transport, address, 20000, &puller, &puller.link), 0);
         if (event == 0) {
             assert_true(run_until(nobody, 2000));
             continue;
@@ -467,7 +467,7 @@ static void connections_are_shared_between_lanes(void **state)
     for (int i = 0; i < 2; i++)
         pthread_create(&lanes[i].thread, NULL, lane_run, &lanes[i]);
     for (int i = 0; i < 4; i++)
-        assert_int_equal(ops->connect(transport, bound, 2000, &callers[i], &callers[i].link), 0);
+        assert_int_equal(ops->connect(transport, bound, 20000, &callers[i], &callers[i].link), 0);
     assert_true(run_until(callers_connected, 2000));
     for (int i = 0; i < 4; i++)
         for (int k = 0; k < 50; k++)

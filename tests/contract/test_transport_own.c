@@ -52,6 +52,11 @@ static bool holder_accepted(void)
     return holder.connected > 0;
 }
 
+static bool one_message(void)
+{
+    return holder.messages == 1;
+}
+
 static void tcp_bytes_outside_of_a_fetch_end_the_link(void **state)
 {
     int fd = raw_connect();
@@ -83,8 +88,7 @@ static void tcp_half_a_frame_then_silence_holds_nothing_up(void **state)
     struct side silent = holder;
     link_up(); // others are served
     assert_int_equal(ops->send(puller.link, "x", 1), 0);
-    run_for(50);
-    assert_int_equal(holder.messages, 1);
+    assert_true(run_until(one_message, 2000));
     ops->shut(silent.link);
     close(fd);
 }
@@ -142,7 +146,7 @@ static void pull_from_process(int signal)
     holder_signal = signal;
     puller.on_message = take_grant;
     puller.on_landed = signal_on_landed;
-    assert_int_equal(ops->connect(transport, address, 2000, &puller, &puller.link), 0);
+    assert_int_equal(ops->connect(transport, address, 20000, &puller, &puller.link), 0);
     assert_true(run_until(puller_connected, 2000));
     assert_true(run_until(landing_begun, 5000));
 }
@@ -152,7 +156,7 @@ static void tcp_a_killed_holder_fails_the_fetch_at_once(void **state)
     pull_from_process(SIGKILL);
     uint64_t begun = util_now_ns();
     assert_true(run_until(puller_down, 5000));
-    assert_true(util_now_ns() - begun < 2000 * MS);
+    assert_true(util_now_ns() - begun < 6000 * MS); // the silence of a host is noticed in 8 s
     assert_int_equal(puller.done[1], 1);
     assert_true(puller.status[1] < 0);
     waitpid(holder_pid, NULL, 0);
@@ -161,11 +165,12 @@ static void tcp_a_killed_holder_fails_the_fetch_at_once(void **state)
 static void tcp_a_stopped_holder_holds_nothing_up(void **state)
 {
     pull_from_process(SIGSTOP);
-    run_for(300);
-    size_t landed = puller.fetch[1].landed;
+    size_t landed;
+    do { // what is on its way still comes
+        landed = puller.fetch[1].landed;
+        run_for(300);
+    } while (puller.fetch[1].landed > landed);
     assert_true(landed < puller.fetch[1].length);
-    run_for(100);
-    assert_int_equal(puller.fetch[1].landed, landed);
     ops->cancel(puller.link, &puller.fetch[1]);
     memset(landing, 0x33, SOURCE_BYTES);
     kill(holder_pid, SIGCONT);
@@ -254,7 +259,7 @@ static void tcp_over_ipv6(void **state)
     }
     assert_int_equal(r, 0);
     assert_int_equal(strncmp(bound, "[::1]:", 6), 0);
-    assert_int_equal(ops->connect(transport, bound, 2000, &puller, &puller.link), 0);
+    assert_int_equal(ops->connect(transport, bound, 20000, &puller, &puller.link), 0);
     assert_true(run_until(both_connected, 2000));
     side_shut(&holder);
     side_shut(&puller);
@@ -262,11 +267,6 @@ static void tcp_over_ipv6(void **state)
 }
 
 // -- Mem: faults on demand --------------------------------------------------------------------------
-
-static bool one_message(void)
-{
-    return holder.messages == 1;
-}
 
 static void mem_delay(void **state)
 {
@@ -326,6 +326,11 @@ static void mem_short_flipped_and_stalled(void **state)
     ops->cancel(puller.link, &puller.fetch[4]);
 }
 
+static bool puller_writable(void)
+{
+    return puller.writables == 1;
+}
+
 static void mem_submit_fails(void **state)
 {
     link_up();
@@ -337,8 +342,7 @@ static void mem_submit_fails(void **state)
     transport_mem_faults_set(&(struct transport_mem_faults){.full_queue_each = 1});
     assert_int_equal(ops->send(puller.link, "x", 1), -EAGAIN);
     assert_int_equal(puller.writables, 0);
-    run_for(20);
-    assert_int_equal(puller.writables, 1);
+    assert_true(run_until(puller_writable, 2000));
     assert_int_equal(holder.messages, 0);
 }
 

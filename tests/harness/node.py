@@ -1,5 +1,6 @@
 """Real p2pfs processes with real mounts."""
 
+import itertools
 import json
 import os
 import re
@@ -28,11 +29,43 @@ class MountFailed(Exception):
         self.log = log
 
 
+class _Ports:
+    """A hundred loopback ports that no other process of the tests uses: it listens at the first of them, for as long as
+    it lives. The kernel gives none of them to anybody who asks for any port (those begin at 32768)."""
+
+    def __init__(self):
+        for first in range(10000, 20000, 100):
+            self.guard = socket.socket()
+            try:
+                self.guard.bind(("127.0.0.1", first))
+                self.guard.listen()
+            except OSError:
+                self.guard.close()
+                continue
+            self.turn = itertools.cycle(range(first + 1, first + 100))
+            return
+        raise RuntimeError("all ports for tests are taken: 127.0.0.1:10000 to 19999")
+
+    def free(self):
+        for port in itertools.islice(self.turn, 99):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    continue
+            return port
+        raise RuntimeError("this test uses more than 99 ports")
+
+
+_ports = None
+
+
 def free_port():
-    """A loopback port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A loopback port that nothing listens on, and that nobody else is given before the test listens there."""
+    global _ports
+    _ports = _ports or _Ports()
+    return _ports.free()
 
 
 def run_p2pfs(*arguments, check=True, timeout=60, **more):

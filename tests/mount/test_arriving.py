@@ -123,7 +123,7 @@ def test_an_open_fails_when_nothing_comes(cluster):
         os.open(reader.path("f"), os.O_RDONLY)
     assert raised.value.errno == errno.EIO
     holder.resume()
-    assert reader.path("f").read_bytes() == pattern(2 * MIB)
+    assert eventually(reader.path("f").read_bytes) == pattern(2 * MIB)
 
 
 def test_an_open_that_waits_brings_all_even_on_demand(cluster):

@@ -113,11 +113,12 @@ def test_ls_shows_state_and_replicas(two, source):
     shutil.copytree(source, a.path("ckpt"))
     os.symlink("ckpt", a.path("latest"))
     eventually(lambda: len(entries(b)) == 6)
+    eventually(lambda: entries(b)["ckpt/model.safetensors"]["state"] == "remote")  # its holder is known
     here, there = entries(a), entries(b)
     assert here["ckpt"]["kind"] == "dir" and here["latest"]["target"] == "ckpt"
     model = "ckpt/model.safetensors"
     assert here[model]["size"] == 5 * MIB + 17
-    assert here[model]["state"] == "complete" and there[model]["state"] == "remote"
+    assert here[model]["state"] == "complete"
     assert here[model]["replicas"] == 1 and here[model]["complete"] == 1
     assert here[model]["version"] == there[model]["version"] == b.xattr(model, "version")
     b.cli("pull", "ckpt")
@@ -130,7 +131,7 @@ def test_ls_shows_state_and_replicas(two, source):
     assert any(line.endswith(" sub/empty") for line in text.splitlines())
     assert re.search(r"^l\S+ .* latest -> ckpt$", b.cli("ls", "").stdout, re.MULTILINE)
     assert b.cli("ls", "ckpt/config.json").stdout.endswith(" config.json\n")
-    assert entries(b, "latest") == entries(b, "ckpt")
+    eventually(lambda: entries(b, "latest") == entries(b, "ckpt"))  # other holders may just be told of
     failed(b.cli("ls", "absent", check=False), "absent", "no such name")
 
 
@@ -153,6 +154,7 @@ def test_any_bytes_in_names(two):
 def test_info_says_all(two, source):
     a, b = two
     shutil.copy(source / "model.safetensors", a.path("m"))
+    eventually(lambda: answer(a, "info", "m")["sealed"])
     info = answer(a, "info", "m")
     assert info["kind"] == "file" and info["size"] == 5 * MIB + 17 and info["mode"] == "0644"
     assert info["state"] == "complete" and info["resident"] == info["size"]
@@ -164,9 +166,10 @@ def test_info_says_all(two, source):
     assert holder["node"] == a.name and holder["complete"] and holder["self"]
     assert holder["address"] == a.status()["address"]
 
-    eventually(lambda: answer(b, "info", "m")["version"] == info["version"])
+    eventually(lambda: answer(b, "info", "m")["state"] == "remote")
+    eventually(lambda: answer(b, "info", "m")["digest"] == info["digest"])
     seen = answer(b, "info", "m")
-    assert seen["state"] == "remote" and seen["resident"] == 0 and seen["digest"] == info["digest"]
+    assert seen["version"] == info["version"] and seen["resident"] == 0
     [holder] = seen["holders"]
     assert holder["node"] == a.name and not holder["self"]
     text = b.cli("info", "m").stdout
@@ -260,7 +263,7 @@ def test_unregister_a_tree_and_a_tag(two, source):
 def test_pull_closes_with_the_rate(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
-    eventually(lambda: b.path("ckpt/model.safetensors").exists())
+    eventually(lambda: len(entries(b)) == 5)
     done = b.cli("pull", "ckpt/model.safetensors")
     size = 5 * MIB + 17
     line = r"1 file, 5\.0 MiB \(%d bytes\) pulled in (\d+\.\d+) s, (\d+\.\d+) GB/s\n" % size
@@ -327,8 +330,7 @@ def test_pull_fails_with_the_cause(cluster, source):
     )
     a.start()
     shutil.copy(source / "model.safetensors", a.path("m2"))
-    eventually(lambda: b.path("m2").exists())
-    b.cli("pull", "m2")
+    eventually(lambda: b.cli("pull", "m2", check=False).returncode == 0)
 
 
 def test_pull_of_more_than_the_cache_holds(cluster):
@@ -358,7 +360,8 @@ def test_evict_keeps_the_last_copy(two, source):
     eventually(lambda: entries(a)["m"]["complete"] == 2)
     text = a.cli("evict", "m").stdout
     assert text == "evicted 1 files, 5.0 MiB\n"
-    assert answer(a, "info", "m")["resident"] == 0 and a.status()["cache_used"] == 0
+    assert answer(a, "info", "m")["resident"] == 0
+    eventually(lambda: a.status()["cache_used"] == 0)
     assert a.cli("evict", "m").stdout.startswith("evicted 0 files")
     failed(b.cli("evict", "m", check=False), "--force")
     b.cli("evict", "--force", "m")
@@ -369,7 +372,7 @@ def test_evict_keeps_the_last_copy(two, source):
 def test_evict_spares_open_and_pinned_files(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
-    eventually(lambda: b.path("ckpt/model.safetensors").exists())
+    eventually(lambda: len(entries(b)) == 5)
     b.cli("pull", "ckpt")
     with open(b.path("ckpt/model.safetensors"), "rb") as model:
         model.read(10)
@@ -438,6 +441,7 @@ def test_wait_for_a_name(two, source):
 def test_status_says_how_it_fares(two, source):
     a, b = two
     shutil.copytree(source, a.path("ckpt"))
+    eventually(lambda: a.status()["peers_live"] == 1)
     status = answer(a, "status", "")
     assert status["node"] == a.name and status["mountpoint"] == str(a.dir)
     assert status["backend"] == "local" and status["online"]
@@ -472,7 +476,7 @@ def test_peers_count_what_moved(two, source):
     assert re.search(rf"^{a.name}\s+127\.0\.0\.1:\d+\s+(live|connected)\s", text, re.MULTILINE)
     a.stop()
     eventually(lambda: not b.peers()["peers"][0]["live"])
-    assert " gone " in b.cli("peers", "").stdout
+    eventually(lambda: " gone " in b.cli("peers", "").stdout)
 
 
 def test_metrics_are_prometheus_text(two, source):
@@ -500,6 +504,8 @@ def test_metrics_are_prometheus_text(two, source):
 def test_doctor(two):
     a, b = two
     others = strangers(*two)
+    for node in two:
+        eventually(lambda node=node: node.status()["peers_live"] == 1)
     done = run_p2pfs("doctor")
     assert re.search(r"^good +/dev/fuse", done.stdout, re.MULTILINE)
     report = json.loads(run_p2pfs("doctor", "--json").stdout)

@@ -45,8 +45,7 @@ def state(path):
 def everywhere(name, load):
     # Cold where nothing is of it, again when it is complete there, and where it was saved.
     path = f"{b}/{name}"
-    until(lambda: os.path.exists(path), f"{path} is seen")
-    assert state(path) == b"remote", state(path)
+    until(lambda: os.path.exists(path) and state(path) == b"remote", f"{path} is seen, and who has it")
     load(path)
     until(lambda: state(path) == b"complete", f"{path} is complete")
     load(path)

@@ -234,7 +234,7 @@ def test_what_a_program_registers_is_a_file_on_every_mount(two):
     trainer = example("trainer", a.meta, "--name=models/llama/weights")
     try:
         path = a.path("models/llama/weights")
-        eventually(path.exists, 20)
+        eventually(lambda: path.exists() and b.path("models/llama/weights").exists())
         assert path.stat().st_size == 24 << 20
         bytes_a = path.read_bytes()
         assert bytes_a == b.path("models/llama/weights").read_bytes()
@@ -273,8 +273,8 @@ def stores(p2pstore, tmp_path):
 
 
 def known(store, name):
-    """Waits until the store has heard of the name."""
-    return eventually(lambda: next((e for e in store.list(name) if e.name == name), None))
+    """Waits until the store has heard of the name, and of somebody who has it."""
+    return eventually(lambda: next((e for e in store.list(name) if e.name == name and e.holders), None))
 
 
 def test_numpy_arrays_are_pulled_in_place(stores):

@@ -26,7 +26,7 @@ def register(node, name, size, seed=0):
 
 
 def appears(node, name):
-    eventually(node.path(name).exists, 3, f"{name} on {node.name}")
+    eventually(node.path(name).exists, what=f"{name} on {node.name}")
     return node.path(name)
 
 
@@ -204,7 +204,7 @@ def test_many_threads_read_at_random(two):
     for thread in threads:
         thread.join()
     assert not wrong
-    eventually(lambda: two[1].xattr("f", "state") == "complete", 10)
+    eventually(lambda: two[1].xattr("f", "state") == "complete")
     assert received(two[1]) == size
 
 
@@ -237,7 +237,7 @@ def test_on_demand_only_what_was_touched_comes(cluster):
     assert 0 < int(two.xattr("f", "resident")) <= 6 * MIB  # shards are of 1 MiB
     assert two.xattr("f", "state") in ("partial", "fetching")
     assert path.read_bytes() == data
-    eventually(lambda: int(two.xattr("f", "resident")) == size, 5)
+    eventually(lambda: int(two.xattr("f", "resident")) == size)
     assert received(two) == size
 
 
@@ -249,14 +249,15 @@ def test_a_second_reader_waits_for_the_same_transfer(two):
     for reader in readers:
         assert reader.result() == data
     assert received(two[1]) == size
+    eventually(lambda: served(two[0]) >= size)
     # On a busy machine a late shard is asked for again: what is given up has been sent for nothing.
-    assert size <= served(two[0]) < 1.5 * size
+    assert served(two[0]) < 2 * size
 
 
 def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
     """The registrar does not send a copy to each."""
-    count, size = 1, 192 * MIB
-    registrar = cluster.node()
+    count, size = 1, 96 * MIB
+    registrar = cluster.node(max_upload="48M")  # so that none is done before the last one begins
     pullers = cluster.nodes(4)
     data = {f"f{k}": register(registrar, f"f{k}", size, k) for k in range(count)}
     for node in pullers:
@@ -271,12 +272,15 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
         for name, content in data.items():
             assert node.path(name).read_bytes() == content
         assert received(node) == count * size
-    # Loopback is no bottleneck, and the pull short: one is done before the next one begins.
     copies = served(registrar) / (count * size)
     print(f"the registrar served {copies:.2f} copies to {len(pullers)} nodes")
-    everything = sum(served(node) for node in [registrar, *pullers])
+
+    def everything():
+        return sum(served(node) for node in [registrar, *pullers])
+
+    eventually(lambda: everything() >= len(pullers) * count * size)
     # A late shard may be asked twice; what is given up on its way has been sent for nothing.
-    assert len(pullers) * count * size <= everything <= 1.3 * len(pullers) * count * size
+    assert everything() <= 1.6 * len(pullers) * count * size
     assert copies < 3
 
 
@@ -284,7 +288,7 @@ def test_four_nodes_pull_at_once_and_serve_each_other(cluster):
 def test_a_reader_waits_for_its_shard_only(cluster, begun):
     """The last bytes come first when they are asked for first, and next when what lies in front is coming already."""
     size = 128 * MIB  # shards of 1 MiB
-    one = cluster.node(max_upload="32M")
+    one = cluster.node(max_upload="8M")
     two = cluster.node()
     write_file(one.path("f"), size)
     path = appears(two, "f")
@@ -346,8 +350,8 @@ def test_a_file_in_place_is_pulled_while_it_is_being_digested(two, tmp_path):
     assert digest(appears(two[1], "f")) == digest(source)
     assert digest(two[0].path("f")) == digest(source)
     # and once its digest is known, as ever
-    eventually(lambda: not two[0].xattr("f", "digest").endswith(":"), 20)
-    two[1].cli("evict", "f")
+    eventually(lambda: not two[0].xattr("f", "digest").endswith(":"))
+    eventually(lambda: two[1].cli("evict", "f", check=False).returncode == 0)  # once the kernel has told of the close
     assert digest(two[1].path("f")) == digest(source)
 
 
@@ -412,8 +416,8 @@ def test_without_the_secret_nothing_is_served(cluster, tmp_path, theirs):
         path.read_bytes()
     assert raised.value.errno == 5
     assert received(other) == 0 and served(one) == 0
-    assert "secret" in one.log + other.log
-    assert sum(node.metrics()["p2pfs_links_refused_total"] for node in (one, other)) > 0
+    eventually(lambda: "secret" in one.log + other.log)
+    eventually(lambda: sum(node.metrics()["p2pfs_links_refused_total"] for node in (one, other)) > 0)
 
 
 def test_a_secret_that_others_may_read_is_refused(cluster, tmp_path):
@@ -435,7 +439,7 @@ def test_an_open_file_keeps_its_version(cluster):
     with open(path, "rb", buffering=0) as source:
         assert os.pread(source.fileno(), 1000, 0) == old[:1000]
         new = register(one, "f", 4 * MIB + 77, 2)
-        eventually(lambda: os.stat(path).st_size == 4 * MIB + 77, 3)
+        eventually(lambda: os.stat(path).st_size == 4 * MIB + 77)
         assert path.read_bytes() == new
         assert b"".join(os.pread(source.fileno(), MIB, at * MIB) for at in range(4)) == old
         assert os.fstat(source.fileno()).st_size in (4 * MIB, 4 * MIB + 77)
@@ -448,10 +452,10 @@ def test_a_removed_file_is_read_to_its_end_by_who_has_it_open(two):
     two[1].cli("pull", "f")
     with open(path, "rb") as source:
         os.unlink(two[0].path("f"))
-        eventually(lambda: not path.exists(), 3)
+        eventually(lambda: not path.exists())
         assert source.read() == data
-    eventually(lambda: two[1].status()["cache_used"] == 0, 5)
-    eventually(lambda: two[0].status()["cache_used"] == 0, 5)
+    eventually(lambda: two[1].status()["cache_used"] == 0)
+    eventually(lambda: two[0].status()["cache_used"] == 0)
 
 
 def test_a_tree_copied_in_is_a_tree_on_the_other_side(two, tmp_path, sh):
@@ -461,8 +465,9 @@ def test_a_tree_copied_in_is_a_tree_on_the_other_side(two, tmp_path, sh):
         write_file(tree / name, number * 700001, seed=number)
     sh(f"cp -a {tree} {two[0].path('copied')}")
     os.symlink(tree, two[0].path("linked"))
-    appears(two[1], "copied/sub/deep/d")
-    appears(two[1], "linked/sub/deep/d")
+    for name in ("a", "sub/b", "sub/deep/c", "sub/deep/d"):
+        appears(two[1], f"copied/{name}")
+        appears(two[1], f"linked/{name}")
     for name in ("copied", "linked"):
         out = tmp_path / f"out-{name}"
         shutil.copytree(two[1].path(name), out)

@@ -31,7 +31,7 @@ def register(node, name, size, seed=0):
 
 def appears(name, *nodes):
     for node in nodes:
-        eventually(node.path(name).exists, 5, f"{name} on {node.name}")
+        eventually(node.path(name).exists, what=f"{name} on {node.name}")
 
 
 def cat(path):
@@ -134,8 +134,8 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         a = cluster.node()
         sampler = Sampler(a)
         sampler.start()
-        b = cluster.node(read_timeout=2)
-        d = cluster.node(cache_size="128M", read_timeout=2)
+        b = cluster.node(read_timeout=6)
+        d = cluster.node(cache_size="128M", read_timeout=6)
         sampler.nodes += [b, d]
 
         # one for which pages are cleared ahead
@@ -156,7 +156,7 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         assert cat(d.path("f")).returncode == 0
 
         # a holder that has become very slow: others are asked too
-        d.cli("evict", "f")
+        eventually(lambda: d.cli("evict", "f", check=False).returncode == 0)  # once the kernel has told of the close
         a.cli("limit", "--upload=256K", "")
         d.cli("pull", "f")
         a.cli("limit", "--upload=0", "")
@@ -171,12 +171,15 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         with socket.create_connection(a.status()["listen"].rsplit(":", 1)) as link:
             link.sendall(b"GET / HTTP/1.0\r\n\r\n")
             link.shutdown(socket.SHUT_WR)
-            link.recv(1)
+            try:
+                link.recv(1)
+            except ConnectionResetError:
+                pass
 
         service.kill()
-        eventually(lambda: a.metrics()["p2pfs_metadata_online"] == 0, 20)
+        eventually(lambda: a.metrics()["p2pfs_metadata_online"] == 0)
         service.start()
-        eventually(lambda: a.metrics()["p2pfs_metadata_online"] == 1, 20)
+        eventually(lambda: a.metrics()["p2pfs_metadata_online"] == 1)
 
         # one that dies while it sends
         register(a, "late", 8 * MIB, seed=2)
@@ -184,7 +187,7 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         a.cli("limit", "--upload=1M", "")
         before = d.status()["bytes_received"]
         threads = pulling(d, name="late")
-        eventually(lambda: d.status()["bytes_received"] > before, 20)
+        eventually(lambda: d.status()["bytes_received"] > before)
         sampler.nodes.remove(a)
         a.kill9()
         for thread in threads:
@@ -238,7 +241,7 @@ def test_metrics_over_http(cluster):
     assert node.metrics()["p2pfs_files"] == 1
     for link in idle:
         link.close()
-    eventually(lambda: "p2pfs_files 1" in fetch(port)[1], 20)
+    eventually(lambda: "p2pfs_files 1" in fetch(port)[1])
 
     with pytest.raises(MountFailed) as taken:
         cluster.node(metrics=f"127.0.0.1:{port}")
@@ -294,13 +297,12 @@ def test_why_tells_from_whom_each_shard_came(three):
 
 def test_peers_tells_how_well_each_does(three):
     a, b, d = three
-    before = {peer["node"]: peer for peer in d.peers()["peers"]}
-    assert set(before) == {a.name, b.name}
+    eventually(lambda: {peer["node"] for peer in d.peers()["peers"]} == {a.name, b.name})
     d.cli("pull", "f")
     peers = {peer["node"]: peer for peer in d.peers()["peers"]}
     assert sum(peer["received"] for peer in peers.values()) == 24 * MIB + 5
     assert sum(peer["verified"] for peer in peers.values()) == 25
-    eventually(lambda: any(peer["rate_down"] for peer in d.peers()["peers"]), 10)
+    eventually(lambda: any(peer["rate_down"] for peer in d.peers()["peers"]))
     for peer in peers.values():
         assert peer["transport"] in ("tcp", "") and peer["address"] and peer["live"]
         assert peer["quarantine_s"] == 0 and not peer["quarantined"]
@@ -316,9 +318,9 @@ def test_top_shows_progress(three):
     a.path("dir").mkdir()
     appears("dir", d)
     threads = pulling(d)
-    eventually(lambda: d.status()["pulls_running"] == 1, 10)
-    eventually(lambda: d.status()["bytes_received"] > 0, 20)
-    eventually(lambda: any(peer["rate_down"] for peer in d.peers()["peers"]), 20)
+    eventually(lambda: d.status()["pulls_running"] == 1)
+    eventually(lambda: d.status()["bytes_received"] > 0)
+    eventually(lambda: any(peer["rate_down"] for peer in d.peers()["peers"]))
     text = d.cli("top", "--once", "dir").stdout  # any path below the mount will do
     assert text.startswith(f"{d.name}: down ") and "cache " in text
     assert re.search(r"^ *\d+% +24\.0 MiB +0\.0\d\d +\d+:\d\d +\d+ +0 +f$", text, re.MULTILINE), text
@@ -339,7 +341,7 @@ def test_top_shows_progress(three):
         node.cli("limit", "--upload=0", "")
     for thread in threads:
         thread.join()
-    assert "nothing is being pulled" in d.cli("top", "--once", "").stdout
+    eventually(lambda: "nothing is being pulled" in d.cli("top", "--once", "").stdout)
     for words in (["--interval=0"], ["--interval", "soon"], ["a", "b"]):
         assert run_p2pfs("top", *words, check=False).returncode == 2
 
@@ -424,13 +426,13 @@ def test_an_idle_seeder_serves_readers_first_and_the_rest_in_the_end(cluster):
     appears("f", b)
     appears("other", a)
     work = pulling(a, name="other")  # it has work of its own, for longer than this test takes
-    eventually(lambda: a.status()["pulls_running"] == 1, 10)
+    eventually(lambda: a.status()["pulls_running"] == 1)
     with open(b.path("f"), "rb", buffering=0) as source:
         for at in (9, 3, 12):
             assert len(os.pread(source.fileno(), 4096, at * MIB)) == 4096
     before = b.status()["bytes_received"]
     assert before < 16 * MIB  # nobody waits for the rest, so it comes slowly
-    eventually(lambda: b.status()["bytes_received"] > before, 20)
+    eventually(lambda: b.status()["bytes_received"] > before)
     a.cli("limit", "--download=0", "")
     for thread in work:
         thread.join()

@@ -4,11 +4,12 @@ Each is on a host of its own. Uploads are limited, so that all of them take part
 """
 # ctest: timeout=600
 
-import json
 import os
 import random
+import re
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,7 @@ MIB = 1 << 20
 SIZE = 48 * MIB  # shards of 1 MiB
 GAUGES = ("grants_open", "readers_waiting", "pulls_running")
 RATE = "24M"  # bytes/s that each node uploads
+SLOW = "6M"  # while something is to happen in the middle of it
 
 
 @pytest.fixture
@@ -36,17 +38,17 @@ def make_swarm(network, cluster, tmp_path):
     return lambda count, **options: swarm(network, cluster, tmp_path, count, **options)
 
 
-def swarm(network, cluster, tmp_path, count, read_timeout=4):
+def swarm(network, cluster, tmp_path, count, read_timeout=40, rate=RATE):
     source = write_file(tmp_path / "source", SIZE)
-    registrar = cluster.node_on(network, max_upload=RATE)
+    registrar = cluster.node_on(network, max_upload=rate)
     os.symlink(source, registrar.path("f"))
     pullers = [
-        cluster.node_on(network, max_upload=RATE, read_timeout=read_timeout) for _ in range(count)
+        cluster.node_on(network, max_upload=rate, read_timeout=read_timeout) for _ in range(count)
     ]
     for node in pullers:
-        eventually(node.path("f").exists, 5, f"f on {node.name}")
+        eventually(node.path("f").exists, what=f"f on {node.name}")
     # Digested, so that who remounts may serve at once.
-    eventually(lambda: not registrar.xattr("f", "digest").endswith(":"), 20, "f is sealed")
+    eventually(lambda: not registrar.xattr("f", "digest").endswith(":"), what="f is sealed")
     return registrar, pullers, digest(source)
 
 
@@ -82,13 +84,25 @@ def check(nodes, expected):
         return not any(gauges[f"p2pfs_{name}"] for name in GAUGES)
 
     for node in nodes:
-        eventually(lambda node=node: quiet(node), 20, f"{node.name} quiet")
+        eventually(lambda node=node: quiet(node), what=f"{node.name} quiet")
+
+
+def readable_again(nodes):
+    """Whoever failed finds the holder that has returned."""
+    for node in nodes:
+        eventually(lambda node=node: digest(node.path("f")), what=f"f can be read on {node.name}")
 
 
 def under_way(nodes):
     """Each has a shard, and none has all."""
-    eventually(lambda: all(resident(node) > 0 for node in nodes), 20, "a shard everywhere")
+    eventually(lambda: all(resident(node) > 0 for node in nodes), what="a shard everywhere")
     return all(resident(node) < SIZE for node in nodes)
+
+
+def hurry(nodes):
+    """What was slow, so that something could happen in the middle of it, ends."""
+    for node in nodes:
+        node.cli("limit", f"--upload={RATE}", "")
 
 
 def test_the_registrar_sends_little_more_than_one_copy(make_swarm):
@@ -102,47 +116,52 @@ def test_the_registrar_sends_little_more_than_one_copy(make_swarm):
 
 def test_the_swarm_completes_without_the_registrar(make_swarm):
     """It is killed when each shard has left it once; who still fails by then finishes when it returns."""
-    registrar, pullers, expected = make_swarm(4)
+    registrar, pullers, expected = make_swarm(4, read_timeout=4)
     pulls = pull_all(pullers)
-    eventually(lambda: registrar.status()["bytes_served"] >= SIZE, 30, "one copy is out")
+    eventually(lambda: registrar.status()["bytes_served"] >= SIZE, what="one copy is out")
     registrar.kill9()
     alone = [pulls[node.name].wait(60 * env.SLOWNESS) == 0 for node in pullers]
     print(f"{sum(alone)} of {len(pullers)} nodes completed without the registrar")
     registrar.start()
+    readable_again(pullers)
     check(pullers, expected)
 
 
 def test_readers_fail_and_finish_when_the_registrar_returns(make_swarm):
     """It is killed before the others have everything among themselves."""
-    registrar, pullers, expected = make_swarm(3)
+    registrar, pullers, expected = make_swarm(3, read_timeout=4, rate=SLOW)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     registrar.kill9()
     for node in pullers:
         assert pulls[node.name].wait(60 * env.SLOWNESS) != 0, f"{node.name} got what nobody has"
-    registrar.start()
+    registrar.restart(max_upload=RATE)
+    hurry(pullers)
+    readable_again(pullers)
     check([registrar, *pullers], expected)
 
 
 @pytest.mark.parametrize("who", ["registrar", "puller"])
 def test_one_is_stopped_and_goes_on(make_swarm, who):
-    registrar, pullers, expected = make_swarm(4)
+    registrar, pullers, expected = make_swarm(4, rate=SLOW)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     stopped = registrar if who == "registrar" else pullers[0]
     stopped.pause()
     others = [node for node in pullers if node is not stopped]
+    hurry(node for node in (registrar, *pullers) if node is not stopped)
     if who == "puller":
         finish(pulls, others)
     else:
         time.sleep(2)  # less than read_timeout: nobody has to fail
     stopped.resume()
+    hurry([stopped])
     finish(pulls, pullers)
     check([registrar, *pullers], expected)
 
 
 def test_a_third_of_the_nodes_is_killed(make_swarm, seed):
-    registrar, pullers, expected = make_swarm(6)
+    registrar, pullers, expected = make_swarm(6, rate=SLOW)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     killed = seed.sample(pullers, 2)
@@ -150,6 +169,7 @@ def test_a_third_of_the_nodes_is_killed(make_swarm, seed):
         time.sleep(seed.random() * 0.5)
         node.kill9()
     others = [node for node in pullers if node not in killed]
+    hurry([registrar, *others])
     finish(pulls, others)
     for node in killed:
         pulls[node.name].wait(30 * env.SLOWNESS)
@@ -158,7 +178,7 @@ def test_a_third_of_the_nodes_is_killed(make_swarm, seed):
 
 def test_a_cut_between_two_halves_heals(make_swarm, network, seed):
     """Who is cut off from the registrar gets no wrong byte and is not stuck; once it is reached again, all end."""
-    registrar, pullers, expected = make_swarm(4, read_timeout=30)
+    registrar, pullers, expected = make_swarm(4, rate=SLOW)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     far = seed.sample(pullers, 2)
@@ -167,6 +187,7 @@ def test_a_cut_between_two_halves_heals(make_swarm, network, seed):
     roads += [(b, a) for a, b in roads]
     for road in roads:
         network.cut(*road)
+    hurry([registrar, *pullers])
     finish(pulls, near[1:])
     for road in roads:
         network.heal(*road)
@@ -184,7 +205,7 @@ def test_a_holder_that_spoils_what_it_sends(make_swarm, network, cluster, how):
     bad.start()
     bad.cli("pull", "--quiet", "f")
     for node in pullers:
-        eventually(lambda node=node: node.xattr("f", "replicas") == "2", 10, "bad is a holder")
+        eventually(lambda node=node: node.xattr("f", "replicas") == "2", what="bad is a holder")
     spoiler.how = how
     finish(pull_all(pullers), pullers)
     assert spoiler.spoilt > 0
@@ -196,7 +217,7 @@ def test_a_holder_that_spoils_what_it_sends(make_swarm, network, cluster, how):
 
 
 def test_mounts_come_and_go(make_swarm, seed):
-    registrar, pullers, expected = make_swarm(5)
+    registrar, pullers, expected = make_swarm(5, rate=SLOW)
     pulls = pull_all(pullers)
     assert under_way(pullers)
     for node in seed.sample(pullers, 3):
@@ -205,8 +226,9 @@ def test_mounts_come_and_go(make_swarm, seed):
         pulls[node.name].wait(30 * env.SLOWNESS)
         node.wait_exit()
         node.start()
-        eventually(node.path("f").exists, 5, f"f on {node.name}")
+        eventually(node.path("f").exists, what=f"f on {node.name}")
         pulls[node.name] = pull(node)
+    hurry([registrar, *pullers])
     finish(pulls, pullers)
     check([registrar, *pullers], expected)
 
@@ -216,9 +238,12 @@ def test_evicted_and_removed_while_it_is_pulled(make_swarm):
     registrar, pullers, expected = make_swarm(4)
     first, *rest = pullers
     finish({first.name: pull(first)}, [first])
+    for node in (registrar, *pullers):
+        node.cli("limit", f"--upload={SLOW}", "")
     pulls = pull_all(rest)
     assert under_way(rest)
     first.cli("evict", "f")
+    hurry([registrar, *pullers])
     finish(pulls, rest)
     check([registrar, *rest], expected)
 
@@ -243,12 +268,12 @@ def test_on_a_slow_link_what_a_reader_waits_for_goes_alone(network, cluster, tmp
     (tmp_path / "source").touch()
     os.truncate(tmp_path / "source", size)
     os.symlink(tmp_path / "source", one.path("f"))
-    eventually(two.path("f").exists, 5, "f is seen")
-    eventually(lambda: not one.xattr("f", "digest").endswith(":"), 20, "f is sealed")
+    eventually(two.path("f").exists, what="f is seen")
+    eventually(lambda: not one.xattr("f", "digest").endswith(":"), what="f is sealed")
 
     def sent():
-        link = subprocess.run([*one.before, "ip", "-j", "-s", "link", "show", "eth0"], capture_output=True, check=True)
-        return json.loads(link.stdout)[0]["stats64"]["tx"]["bytes"]
+        table = Path(f"/proc/{one.pid}/net/dev").read_text()
+        return int(re.search(r"^ *eth0:(.*)", table, re.MULTILINE)[1].split()[8])
 
     begun = sent()
     with open(two.path("f"), "rb", buffering=0) as source:

@@ -25,7 +25,7 @@
 #include "meta/codec.h"
 #include "meta/meta.h"
 
-#define KIT_LEASE_MS 1500
+#define KIT_LEASE_MS 3000
 #define KIT_UNUSED   __attribute__((unused))
 
 /* Waits until the condition holds, and fails when it never did. `ms` is what a quiet machine needs

@@ -360,7 +360,7 @@ static void a_holder_that_returns_in_time_saves_the_name(void **state)
     kit_until(1000, sees(sweeper, "f"));
     kill_now(child);
     kit_until(KIT_LEASE_MS + 1000, kit_told(sweeper, "down:victim"));
-    usleep(1500000);
+    usleep(300000);
     child = kit_spawn("holds", "victim");
     usleep(5500000);
     assert_true(sees(sweeper, "f"));

@@ -336,7 +336,7 @@ static int role_fills_a_disk(const char *argument)
         status = 12;
     struct model_version version = kit_version(1);
     rc = -1;
-    for (int i = 0; status == 0 && rc < 0 && i < 50; i++) {
+    for (int i = 0; status == 0 && rc < 0 && i < 300; i++) {
         rc = do_publish(node, MODEL_ROOT, "fits", &version, CATALOG_COMPLETE);
         usleep(100000);
     }
@@ -505,7 +505,7 @@ static int role_watches(const char *argument)
     if (!sees(node, "goes"))
         return 1;
     kit_ready();
-    for (int i = 0; i < 1000; i++) {
+    for (int i = 0; i < 6000; i++) {
         if (sees(node, "n255") && !sees(node, "goes")) {
             kit_close(node);
             return 0;
@@ -531,7 +531,8 @@ static void tally_done(void *arg, int status, const struct model_entry *entry)
 
 static void closing_answers_every_queued_change_once(void **state)
 {
-    for (int round = 0; round < 5; round++) {
+    int refused = 0; /* on a busy machine all may be done before the close begins */
+    for (int round = 0; round < 5 || (refused == 0 && round < 50); round++) {
         struct tally tally = {0};
         struct kit_node *c = kit_up("c");
         for (int i = 0; i < 500; i++) {
@@ -542,8 +543,9 @@ static void closing_answers_every_queued_change_once(void **state)
         }
         kit_close(c);
         assert_int_equal(tally.done, 500);
-        assert_true(tally.refused > 0);
+        refused += tally.refused;
     }
+    assert_true(refused > 0);
 }
 
 static void closing_ends_while_the_service_is_away(void **state)

@@ -239,8 +239,10 @@ static void switching_due(struct loop_timer *timer)
         return;
     }
     s->seen.events = 0;
-    assert_int_equal(loop_watch_set(loop, &s->seen.watch, sets[s->step]), 0);
-    s->step++;
+    if (s->step != 4 || s->seen.count > 2) { // writable all the time while that alone is asked for
+        assert_int_equal(loop_watch_set(loop, &s->seen.watch, sets[s->step]), 0);
+        s->step++;
+    }
     loop_timer_set(loop, timer, 5000000);
 }
 
@@ -260,7 +262,7 @@ static void events_may_change_while_the_kernel_watches(void **state)
                           .timer.due = switching_due};
     assert_int_equal(loop_timer_set(loop, &w.timer, 0), 0);
     loop_run(loop);
-    assert_true(w.seen.count > 2); // writable all the time while it was asked for
+    assert_true(w.seen.count > 2);
     loop_watch_clear(loop, &w.seen.watch);
     close(s[0]);
     close(s[1]);
