@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from harness.env import BINARY
+from harness.env import BINARY, SLOWNESS
 from harness.guest import HOSTS
 
 PROGRAMS = BINARY.parents[1] / "tests"
@@ -29,7 +29,7 @@ def test_stories(program, address, stories):
         env={**os.environ, "P2PFS_RDMA_ADDRESS": address},
         capture_output=True,
         text=True,
-        timeout=140,
+        timeout=140 * SLOWNESS,
         check=False,
     )
     print(done.stdout, done.stderr)
@@ -45,7 +45,7 @@ def test_too_little_locked_memory_is_said_once_with_the_remedy():
         env={**os.environ, "P2PFS_RDMA_ADDRESS": IPV4},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=60 * SLOWNESS,
         check=False,
     )
     assert done.returncode != 0

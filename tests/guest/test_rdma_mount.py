@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from harness.data import pattern
+from harness.env import SLOWNESS
 from harness.guest import HOSTS, SECOND
 from harness.node import MountFailed
 from harness.wait import eventually
@@ -36,7 +37,7 @@ def register(node, name, seed=1, size=SIZE):
 
 
 def seen(node, name):
-    eventually(node.path(name).exists, 5, f"{name} on {node.name}")
+    eventually(node.path(name).exists, what=f"{name} on {node.name}")
     return node.path(name)
 
 
@@ -55,7 +56,7 @@ class Reading(threading.Thread):
             self.error = error
 
     def result(self):
-        self.join(60)
+        self.join(60 * SLOWNESS)
         assert not self.is_alive(), "the read does not end"
         assert self.error is None, self.error
         return self.data
@@ -63,7 +64,7 @@ class Reading(threading.Thread):
 
 def arriving(node, bytes_before):
     """Waits until shards come in."""
-    eventually(lambda: node.status()["bytes_received"] > bytes_before, 20, "the first shard")
+    eventually(lambda: node.status()["bytes_received"] > bytes_before, what="the first shard")
 
 
 def test_a_file_comes_by_rdma(pair):
@@ -158,7 +159,7 @@ def test_a_device_that_goes_moves_the_pull_to_tcp(pair):
         finally:
             first.kill9()
             second.kill9()
-            deletion.wait(30)
+            deletion.wait(30 * SLOWNESS)
             subprocess.run(["rdma", "link", "add", device, "type", "rxe", "netdev", netdev], check=True)
 
 
@@ -196,7 +197,7 @@ def warm(first, second):
         assert seen(second, f"warm{count}").read_bytes() == data
         return min(by_adapter(second)) > 0
 
-    eventually(both, 30, "both adapters carry shards")
+    eventually(both, what="both adapters carry shards")
 
 
 def test_every_shard_is_striped_over_two_adapters(twin):
@@ -233,7 +234,7 @@ def test_a_device_that_is_deleted_leaves_the_pull_to_the_other(twin):
         finally:
             first.kill9()
             second.kill9()
-            deletion.wait(30)
+            deletion.wait(30 * SLOWNESS)
             again = ["rdma", "link", "add", gone.device, "type", "rxe", "netdev", gone.netdev]
             subprocess.run(again, check=True)
 

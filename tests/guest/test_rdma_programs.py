@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.env import BINARY
+from harness.env import BINARY, SLOWNESS
 from harness.guest import HOSTS
 
 EXAMPLE = BINARY.parent / "p2p-store-example"
@@ -38,14 +38,14 @@ def test_a_model_in_memory_comes_by_rdma(tmp_path):
                 example("inferencer", meta, 1, "--timeout=60"),
                 capture_output=True,
                 text=True,
-                timeout=90,
+                timeout=90 * SLOWNESS,
                 check=False,
             )
             assert done.returncode == 0, done.stderr
             assert "every byte is right" in done.stdout
             assert done.stdout.endswith("ALL DONE\n")
             training.terminate()
-            assert training.communicate(timeout=30)[0].endswith("ALL DONE\n")
+            assert training.communicate(timeout=30 * SLOWNESS)[0].endswith("ALL DONE\n")
         finally:
             training.kill()
     # a packet carries at most 4 KiB of a READ
@@ -75,13 +75,13 @@ def test_bench(tmp_path, operation):
                 ],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=60 * SLOWNESS,
                 check=False,
             )
             assert done.returncode == 0, done.stderr
             assert "Test completed: duration " in done.stdout
             serving.terminate()
-            assert serving.wait(20) == 0
+            assert serving.wait(20 * SLOWNESS) == 0
         finally:
             serving.kill()
     assert packets(HOSTS[operation == "write"].device) - senders >= 2 * 4 * 256 // 4
@@ -89,7 +89,7 @@ def test_bench(tmp_path, operation):
 
 def test_doctor_looks_at_ports_and_peers(cluster):
     nodes = [cluster.node(f"n{i}", listen=f"{host.ipv4}:{7321 + i}") for i, host in enumerate(HOSTS)]
-    done = subprocess.run([BINARY, "doctor"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([BINARY, "doctor"], capture_output=True, text=True, timeout=60 * SLOWNESS, check=False)
     for host in HOSTS:
         line = next(line for line in done.stdout.splitlines() if f" {host.device}/1 " in line)
         assert line.startswith("good") and "RoCE v2 GID" in line and f" of {host.netdev}, MTU 9000" in line

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.env import SLOWNESS
 from harness.guest import HOSTS
 
 
@@ -13,9 +14,9 @@ def together(server, client):
     with subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT) as listener:
         try:
             for _ in range(10):
-                done = subprocess.run(client, capture_output=True, text=True, timeout=40, check=False)
+                done = subprocess.run(client, capture_output=True, text=True, timeout=40 * SLOWNESS, check=False)
                 if done.returncode == 0:
-                    assert listener.wait(20) == 0
+                    assert listener.wait(20 * SLOWNESS) == 0
                     return done.stdout
             raise AssertionError(f"{client}\n{done.stdout}{done.stderr}")
         finally:

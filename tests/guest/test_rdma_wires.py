@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from test_rdma_mount import MIB, SIZE, Reading, arriving, by_adapter, pair, register, seen, twin, warm  # noqa: F401
 
+from harness.env import SLOWNESS
 from harness.guest import HOSTS, SECOND
 from harness.wait import eventually
 
@@ -32,7 +33,7 @@ def test_a_peer_that_falls_silent_is_noticed_though_nothing_is_asked_of_it(pair)
     assert connected(second)
     wire(HOSTS, cut=True)
     try:
-        eventually(lambda: not connected(second), 20, "the silence is noticed")
+        eventually(lambda: not connected(second), 20 / SLOWNESS, "the silence is noticed")
     finally:
         wire(HOSTS, cut=False)
 
@@ -66,4 +67,4 @@ def test_a_wire_that_is_cut_is_paused_and_comes_back(twin, lost):
         assert seen(second, f"h{count}").read_bytes() == more
         return by_adapter(second)[lost] > alone[lost]
 
-    eventually(returned, 60, f"{ends[1].device} carries shards again")
+    eventually(returned, what=f"{ends[1].device} carries shards again")

@@ -7,8 +7,8 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("P2PFS_BIN", SOURCE / "build/rel/bin/p2pfs")).resolve()
 SANITIZE = os.environ.get("P2PFS_SANITIZE", "")
-# Deadlines are for a plain build; sanitizers slow everything down.
-SLOWNESS = {"": 1, "address": 3, "thread": 6}[SANITIZE]
+# Deadlines are for a plain build; sanitizers slow everything down, and so does the emulation of scripts/guest.
+SLOWNESS = {"": 1, "address": 3, "thread": 6}[SANITIZE] * int(os.environ.get("P2PFS_SLOWNESS", "1"))
 
 CLONE_NEWNS = 0x00020000
 MS_PRIVATE = 1 << 18

@@ -58,17 +58,15 @@ class _Ports:
         raise RuntimeError("this test uses more than 99 ports")
 
 
-_ports = None
+_ports = _Ports()  # before a test enters a network of its own, where nobody would see the guard
 
 
 def free_port():
     """A loopback port that nothing listens on, and that nobody else is given before the test listens there."""
-    global _ports
-    _ports = _ports or _Ports()
     return _ports.free()
 
 
-def run_p2pfs(*arguments, check=True, timeout=60, **more):
+def run_p2pfs(*arguments, check=True, timeout=120, **more):
     """Runs the p2pfs command line to its end; output is text. check=True raises on failure."""
     done = subprocess.run(
         [str(BINARY), *map(os.fspath, arguments)],
@@ -125,7 +123,7 @@ class Node:
         mount = [str(BINARY), self.meta, str(self.dir), "-f", "-o", ",".join(words)]
         return [*self.before, *mount]
 
-    def start(self, wait=True, seconds=30):
+    def start(self, wait=True, seconds=60):
         """Starts the process, and returns when the mount serves (or raises MountFailed)."""
         assert self.process is None or self.process.poll() is not None, f"{self.name} runs already"
         with open(self.log_file, "ab") as log:
@@ -141,7 +139,7 @@ class Node:
             self.wait_ready(seconds)
         return self
 
-    def wait_ready(self, seconds=30):
+    def wait_ready(self, seconds=60):
         deadline = time.monotonic() + seconds * SLOWNESS
         while True:
             code = self.process.poll()
@@ -170,21 +168,21 @@ class Node:
     def mounted(self):
         return fuse.mounted_at(self.dir) is not None
 
-    def wait_exit(self, seconds=30):
+    def wait_exit(self, seconds=60):
         """The exit status of the process, -N for signal N."""
         try:
             return self.process.wait(seconds * SLOWNESS)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"{self.name} did not end within {seconds} s\n{self.log}") from None
 
-    def stop(self, seconds=30):
+    def stop(self, seconds=60):
         """SIGTERM; the node must unmount and end with 0."""
         self.process.send_signal(signal.SIGTERM)
         code = self.wait_exit(seconds)
         assert code == 0, f"{self.name} ended with {code} after SIGTERM\n{self.log}"
         eventually(lambda: not self.mounted(), what=f"{self.name} unmounted")
 
-    def umount(self, seconds=30):
+    def umount(self, seconds=60):
         """umount(8); the node must end with 0."""
         done = subprocess.run(["umount", self.dir], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ class Service:
         return self.wait_ready() if wait else self
 
     def wait_ready(self):
-        deadline = time.monotonic() + 20 * SLOWNESS
+        deadline = time.monotonic() + 60 * SLOWNESS
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"{self.program} does not serve\n{self.log}")

@@ -5,7 +5,7 @@ import time
 from .env import SLOWNESS
 
 
-def eventually(condition, seconds=30.0, what=None):
+def eventually(condition, seconds=60.0, what=None):
     """Calls condition until it returns something true, which is returned; fails after seconds: it never came true. How
     soon it does is for scripts/bench to say, and no test fails because the machine is slow.
 

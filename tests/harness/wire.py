@@ -103,7 +103,7 @@ class Spoiler(Recorder):
 
     HEAD = struct.Struct(">HHIIQ")  # engine/tcp_link.h: kind, zero, id, length, offset
     MESSAGE, DATA, END = 1, 2, 3
-    HALF_AFTER = 40  # messages
+    HALF_AFTER = 6  # messages: behind the greeting, and before others may have served all
 
     def __init__(self, upstream, host="127.0.0.1"):
         self.how = None
