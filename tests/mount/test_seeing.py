@@ -164,6 +164,7 @@ def test_every_documented_metric_moves(make_cluster, tmp_path):
         # one that sends wrong bytes
         register(a, "damaged", 5 * MIB, seed=1)
         appears("damaged", b)
+        eventually(lambda: not a.xattr("damaged", "digest").endswith(":"))
         flip_a_byte(a, 5 * MIB)
         assert "Input/output error" in cat(b.path("damaged")).stderr
 
