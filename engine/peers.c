@@ -152,6 +152,9 @@ void peer_praise(struct peer *peer)
 
 void peer_rdma_failed(struct peer *peer, const char *reason, bool tcp_instead)
 {
+    if (util_now_ns() < atomic_load(&peer->rdma_after_ns)) {
+        return; /* another lane has noticed the same */
+    }
     uint32_t failures = atomic_fetch_add(&peer->rdma_failures, 1) + 1;
     uint32_t ms =
         spread_backoff_ms(failures, PEERS_RDMA_FIRST_MS, PEERS_RDMA_LAST_MS, util_random_u64());
@@ -167,7 +170,9 @@ void peer_rdma_failed(struct peer *peer, const char *reason, bool tcp_instead)
 
 void peer_rdma_works(struct peer *peer)
 {
-    atomic_store(&peer->rdma_failures, 0);
+    if (atomic_load(&peer->rdma_failures) && atomic_exchange(&peer->rdma_failures, 0)) {
+        log_info("peer %s: RDMA works again", peer->node);
+    }
 }
 
 bool peer_quarantined(const struct peer *peer)

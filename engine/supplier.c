@@ -18,6 +18,7 @@
 #define SUPPLIER_PING_NS          1000000000ull
 #define SUPPLIER_SILENT_NS        8000000000ull
 #define SUPPLIER_BACKOFF_FIRST_MS 100
+#define SUPPLIER_DRAIN_NS         2000000000ull /* for what is under way when RDMA is back */
 #define SUPPLIER_BACKOFF_LAST_MS  5000
 
 enum supplier_state {
@@ -34,6 +35,9 @@ struct supplier {
     struct model_node node;
     enum supplier_state state;
     struct link *link; /* NULL when IDLE */
+    struct link
+        *better; /* READY by TCP, and RDMA is tried beside it: replaces the link once it is made */
+    uint64_t better_ns; /* when that was; 0: not yet */
     uint8_t nonce[WIRE_NONCE];
     uint32_t next_handle;
     uint32_t next_request;
@@ -167,8 +171,18 @@ static void connect_now(struct supplier *s)
     s->state = SUPPLIER_CONNECTING;
 }
 
+static void better_end(struct supplier *s)
+{
+    if (s->better) {
+        s->better->transport->ops->shut(s->better);
+    }
+    s->better = NULL;
+    s->better_ns = 0;
+}
+
 static void link_end(struct supplier *s, int error)
 {
+    better_end(s);
     if (!s->link) {
         return;
     }
@@ -237,6 +251,10 @@ static void greeting_send(struct supplier *s, const struct wire_message *message
 void supplier_connected(struct link *link)
 {
     struct supplier *s = link->user;
+    if (link == s->better) {
+        s->better_ns = loop_now_ns(s->lane->loop);
+        return;
+    }
     struct engine *engine = s->lane->engine;
     struct wire_message hello = {.type = WIRE_HELLO,
                                  .protocol = WIRE_PROTOCOL,
@@ -251,9 +269,41 @@ void supplier_connected(struct link *link)
     greeting_send(s, &hello);
 }
 
+/* A peer that RDMA failed with, or that began to offer it, is not left to TCP for as long as pulls keep that link busy. */
+static void better_look(struct supplier *s, uint64_t now)
+{
+    struct transport *fast = s->lane->fast;
+    if (!s->better) {
+        bool wanted = s->attachments && fast && s->link->transport != fast &&
+                      fast_may(s->lane->engine, s->peer, &s->node);
+        if (wanted &&
+            fast->ops->connect(fast, s->node.rdma, SUPPLIER_CONNECT_MS, s, &s->better) < 0) {
+            s->better = NULL;
+            peer_rdma_failed(s->peer, "no connection can be begun", true);
+        }
+        return;
+    }
+    if (!s->better_ns || (s->requests && now - s->better_ns < SUPPLIER_DRAIN_NS)) {
+        return;
+    }
+    struct link *better = s->better;
+    s->better = NULL;
+    s->retry_ns = UINT64_MAX; /* nobody who hears of the old link's end begins another */
+    link_end(s, -ECONNABORTED);
+    s->retry_ns = 0;
+    s->link = better;
+    s->link_bytes = 0;
+    supplier_connected(better);
+}
+
 void supplier_down(struct link *link, int error, const char *reason)
 {
     struct supplier *s = link->user;
+    if (link == s->better) {
+        better_end(s);
+        peer_rdma_failed(s->peer, reason, true);
+        return;
+    }
     link_fail(s, error < 0 ? error : -ECONNRESET, reason);
 }
 
@@ -351,6 +401,9 @@ int supplier_ask(struct attachment *attachment, struct request *request)
     struct supplier *s = attachment->supplier;
     if (s->state != SUPPLIER_READY || !attachment->handle) {
         return -ENOTCONN;
+    }
+    if (s->better_ns) {
+        return -EAGAIN; /* of the link that comes */
     }
     if (s->next_request == 0) {
         s->next_request = 1;
@@ -554,6 +607,10 @@ static void busy(struct supplier *s, const struct wire_message *message)
 void supplier_message(struct link *link, const void *bytes, size_t length)
 {
     struct supplier *s = link->user;
+    if (link == s->better) {
+        supplier_down(link, -EPROTO, "it spoke before it was greeted");
+        return;
+    }
     struct wire_message message;
     int status = wire_decode(bytes, length, &message);
     if (status < 0) {
@@ -655,6 +712,10 @@ static void ready_tick(struct supplier *s, uint64_t now)
     }
     if (s->requests && now - s->heard_ns > SUPPLIER_SILENT_NS) {
         link_fail(s, -ETIMEDOUT, "has been silent for 8 s");
+        return;
+    }
+    better_look(s, now);
+    if (s->state != SUPPLIER_READY) {
         return;
     }
     if (s->attachments && now - s->heard_ns > SUPPLIER_PING_NS &&
