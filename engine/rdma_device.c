@@ -1,12 +1,14 @@
 #include "engine/rdma_device.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <utlist.h>
 
 #include "engine/extents.h"
 #include "engine/transport.h"
@@ -18,7 +20,13 @@
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct rdma_device *devices; /* only ever grows */
 
-static int device_open(struct ibv_context *verbs, struct rdma_device **out)
+int rdma_unblock(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+static int device_new(const char *name, struct rdma_device **out)
 {
     // a program may fork: what is registered must stay its own, which kernels before 5.12 do not see to
     if (!devices)
@@ -26,38 +34,107 @@ static int device_open(struct ibv_context *verbs, struct rdma_device **out)
     struct rdma_device *device = calloc(1, sizeof(*device));
     if (!device)
         return -ENOMEM;
-    device->verbs = verbs;
-    int r = -ibv_query_device(verbs, &device->limits);
-    if (r < 0)
-        goto free_device;
-    r = work_open(DEVICE_THREADS, &device->work);
-    if (r < 0)
-        goto free_device;
+    snprintf(device->name, sizeof(device->name), "%s", name);
+    int r = work_open(DEVICE_THREADS, &device->work);
+    if (r < 0) {
+        free(device);
+        return r;
+    }
+    LL_PREPEND(devices, device);
     *out = device;
     return 0;
+}
 
-free_device:
-    free(device);
+/* An id at the address where another one is on its device, whose removal is told to it alone. */
+static int anchor_make(struct rdma_cm_id *id, struct rdma_cm_id **out)
+{
+    struct sockaddr_in6 address;
+    memcpy(&address, rdma_get_local_addr(id), sizeof(address));
+    address.sin6_port = 0; // sin_port is in the same place
+    struct rdma_event_channel *channel = rdma_create_event_channel();
+    if (!channel)
+        return -errno;
+    int r = rdma_unblock(channel->fd);
+    if (r < 0)
+        goto destroy_channel;
+    r = rdma_create_id(channel, out, NULL, RDMA_PS_TCP) < 0 ? -errno : 0;
+    if (r < 0)
+        goto destroy_channel;
+    r = rdma_bind_addr(*out, (struct sockaddr *)&address) < 0 ? -errno : 0;
+    if (r == 0 && (*out)->verbs == id->verbs)
+        return 0;
+    rdma_destroy_id(*out);
+    r = r ? r : -ENODEV;
+
+destroy_channel:
+    rdma_destroy_event_channel(channel);
     return r;
 }
 
-int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device)
+static void anchor_end(struct rdma_cm_id *anchor)
 {
+    struct rdma_event_channel *channel = anchor->channel;
+    rdma_destroy_id(anchor);
+    rdma_destroy_event_channel(channel);
+}
+
+static int device_use(struct rdma_device *device, struct rdma_cm_id *id)
+{
+    int r = -ibv_query_device(id->verbs, &device->limits);
+    if (r == 0)
+        r = anchor_make(id, &device->anchor);
+    if (r < 0)
+        return r;
+    device->verbs = id->verbs;
+    device->gone = false;
+    return 0;
+}
+
+int rdma_device_get(struct rdma_cm_id *id, struct rdma_device **out)
+{
+    const char *name = ibv_get_device_name(id->verbs->device);
+    struct rdma_device *device;
     int r = 0;
     pthread_mutex_lock(&devices_lock);
-    struct rdma_device *found = devices;
-    while (found && found->verbs != verbs)
-        found = found->next;
-    if (!found) {
-        r = device_open(verbs, &found);
-        if (r == 0) {
-            found->next = devices;
-            devices = found;
+    LL_SEARCH_SCALAR(devices, device, verbs, id->verbs);
+    if (!device) {
+        LL_FOREACH(devices, device) {
+            if (!device->verbs && strcmp(device->name, name) == 0)
+                break;
         }
+        if (!device)
+            r = device_new(name, &device);
+        if (r == 0)
+            r = device_use(device, id);
+    }
+    if (r == 0)
+        device->users++;
+    pthread_mutex_unlock(&devices_lock);
+    *out = device;
+    return r;
+}
+
+void rdma_device_put(struct rdma_device *device)
+{
+    pthread_mutex_lock(&devices_lock);
+    if (--device->users == 0) {
+        anchor_end(device->anchor);
+        device->verbs = NULL;
     }
     pthread_mutex_unlock(&devices_lock);
-    *device = found;
-    return r;
+}
+
+bool rdma_device_gone(struct rdma_device *device)
+{
+    struct rdma_cm_event *event;
+    pthread_mutex_lock(&devices_lock);
+    while (!device->gone && rdma_get_cm_event(device->anchor->channel, &event) == 0) {
+        device->gone = event->event == RDMA_CM_EVENT_DEVICE_REMOVAL;
+        rdma_ack_cm_event(event);
+    }
+    bool gone = device->gone;
+    pthread_mutex_unlock(&devices_lock);
+    return gone;
 }
 
 size_t rdma_devices(struct transport_adapter *out, size_t room)
@@ -65,12 +142,18 @@ size_t rdma_devices(struct transport_adapter *out, size_t room)
     size_t count = 0;
     pthread_mutex_lock(&devices_lock);
     for (struct rdma_device *d = devices; d && count < room; d = d->next) {
-        struct transport_adapter *adapter = &out[count++];
-        *adapter = (struct transport_adapter){.received = atomic_load(&d->received),
-                                              .rails = atomic_load(&d->rails),
-                                              .failures = atomic_load(&d->failures)};
-        snprintf(adapter->device, sizeof(adapter->device), "%s",
-                 ibv_get_device_name(d->verbs->device));
+        size_t at = 0;
+        while (at < count && strcmp(out[at].device, d->name) != 0)
+            at++;
+        struct transport_adapter *adapter = &out[at];
+        if (at == count) {
+            *adapter = (struct transport_adapter){.received = 0};
+            snprintf(adapter->device, sizeof(adapter->device), "%s", d->name);
+            count++;
+        }
+        adapter->received += atomic_load(&d->received);
+        adapter->rails += atomic_load(&d->rails);
+        adapter->failures += atomic_load(&d->failures);
     }
     pthread_mutex_unlock(&devices_lock);
     return count;
@@ -87,6 +170,9 @@ int rdma_domain_open(struct rdma_device *device, struct rdma_domain **out)
         free(domain);
         return r;
     }
+    pthread_mutex_lock(&devices_lock);
+    device->users++;
+    pthread_mutex_unlock(&devices_lock);
     *out = domain;
     return 0;
 }
@@ -96,6 +182,7 @@ void rdma_domain_leave(struct rdma_domain *domain)
     if (atomic_fetch_sub(&domain->users, 1) > 1)
         return;
     ibv_dealloc_pd(domain->pd);
+    rdma_device_put(domain->device);
     free(domain);
 }
 
@@ -105,16 +192,16 @@ static void registering_failed(struct rdma_device *device, size_t length, int er
     struct rlimit limit;
     if (atomic_exchange(&said, true))
         return;
-    const char *name = ibv_get_device_name(device->verbs->device);
     bool limited = (error == ENOMEM || error == EPERM || error == EAGAIN) &&
                    getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
     if (limited)
         log_error(
             "%s: %zu bytes cannot be registered for RDMA: this process may lock %llu KiB of memory; raise it "
             "(ulimit -l unlimited, LimitMEMLOCK=infinity for systemd, --ulimit memlock=-1 for containers)",
-            name, length, (unsigned long long)limit.rlim_cur / 1024);
+            device->name, length, (unsigned long long)limit.rlim_cur / 1024);
     else
-        log_error("%s: %zu bytes cannot be registered for RDMA: %s", name, length, strerror(error));
+        log_error("%s: %zu bytes cannot be registered for RDMA: %s", device->name, length,
+                  strerror(error));
 }
 
 int rdma_memory_register(struct rdma_domain *domain, void *address, size_t length, int access,

@@ -5,12 +5,13 @@
  * has its own, so the key that one peer was granted is of no use to another. It lasts as long as somebody holds it or
  * memory is registered in it.
  *
- * Devices live as long as the process, as they do inside librdmacm. Any thread. */
+ * A device may be removed, and return, as a new one of the same name. What is known of a name lives as long as the
+ * process; its context belongs to librdmacm, which closes that of a removed device when no id is left on it: so a device
+ * in use keeps an id of its own there. Any thread. */
 #ifndef P2PFS_ENGINE_RDMA_DEVICE_H
 #define P2PFS_ENGINE_RDMA_DEVICE_H
 
-#include <infiniband/verbs.h>
-
+#include <rdma/rdma_cma.h>
 #include <stdatomic.h>
 
 #include "engine/mailbox.h"
@@ -19,8 +20,12 @@
 struct extents;
 
 struct rdma_device {
-    struct ibv_context *verbs;
+    char name[IBV_SYSFS_NAME_MAX];
+    struct ibv_context *verbs; /* NULL: nobody uses it; this and the next four are theirs who do */
+    struct rdma_cm_id *anchor;
     struct ibv_device_attr limits;
+    bool gone;
+    unsigned users;
     struct work *work;
     atomic_ullong received; /* bytes of shards that came by it */
     atomic_uint rails;      /* open connections that carry shards */
@@ -28,15 +33,19 @@ struct rdma_device {
     struct rdma_device *next;
 };
 
-/* For the context that librdmacm opened. 0, or negative errno. */
-int rdma_device_get(struct ibv_context *verbs, struct rdma_device **device);
+/* The one that librdmacm has put the id on. 0, with a user more, or negative errno. */
+int rdma_device_get(struct rdma_cm_id *id, struct rdma_device **device);
+void rdma_device_put(struct rdma_device *device);
+bool rdma_device_gone(struct rdma_device *device); /* removed; by a user */
 
-/* All that were got. */
+/* All that were got, by name. */
 struct transport_adapter;
 size_t rdma_devices(struct transport_adapter *out, size_t room);
 
+int rdma_unblock(int fd); /* 0, or negative errno */
+
 struct rdma_domain {
-    struct rdma_device *device;
+    struct rdma_device *device; /* a user of it */
     struct ibv_pd *pd;
     atomic_uint users;
     struct rdma_domain *next; /* the first user's */

@@ -254,7 +254,8 @@ void rdma_rails_offer(struct rdma_link *link);  /* accepted: draws the token tha
 void rdma_rails_refuse(struct rdma_link *link); /* from now on nobody joins */
 void rdma_rails_open(struct rdma_link *link);   /* outgoing and open: the others begin */
 void rdma_rails_look(struct rdma_link *link, uint64_t now_ns); /* every second */
-int rdma_unblock(int fd);                                      /* 0, or negative errno */
+void rdma_completions_look(
+    struct rdma_transport *transport); /* every second: devices that are gone */
 void rdma_completions_close(struct rdma_transport *transport);
 
 /* rdma_listen.c */
@@ -267,6 +268,7 @@ void rdma_listen_request(struct rdma_transport *transport, struct rdma_cm_id *id
 void rdma_listen_lost(struct rdma_transport *transport,
                       struct rdma_cm_id *id);             /* its device is gone */
 void rdma_listen_again(struct rdma_transport *transport); /* every second: those that were lost */
+void rdma_listen_look(struct rdma_link *link, uint64_t now_ns); /* every second; may shut it */
 void rdma_listen_end(struct rdma_transport *transport);
 
 /* transport_rdma.c */

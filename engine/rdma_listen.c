@@ -11,6 +11,9 @@
 /* The accepting side: a listener for each adapter, all with one port; who connects is given to a lane, or joins a link. */
 
 #define LISTEN_BACKLOG 128
+/* Who asks to connect and then says no more costs a queue pair and 256 KiB until the kernel gives it up, a minute later. */
+#define ACCEPTING_MAX 256
+#define ACCEPTING_NS  10000000000ull
 
 // -- Those who connect ----------------------------------------------------------------------------
 
@@ -21,11 +24,27 @@ struct handover {
     int credits;
 };
 
+static unsigned accepting(const struct rdma_transport *t)
+{
+    const struct rdma_link *link;
+    unsigned count = 0;
+    DL_FOREACH(t->links, link) {
+        count += link->state == RDMA_ACCEPTING;
+    }
+    return count;
+}
+
+void rdma_listen_look(struct rdma_link *link, uint64_t now_ns)
+{
+    if (link->state == RDMA_ACCEPTING && now_ns - link->rails[0].since_ns > ACCEPTING_NS)
+        rdma_link_shut(&link->base); // nobody has heard of it yet
+}
+
 static void request_take(struct rdma_transport *t, struct rdma_cm_id *id, int credits)
 {
-    struct rdma_link *link = rdma_link_new(t);
+    struct rdma_link *link = accepting(t) < ACCEPTING_MAX ? rdma_link_new(t) : NULL;
     if (!link) {
-        log_warn("a connection was refused: out of memory");
+        log_debug("a connection was refused: out of memory, or too many begin at once");
         rdma_reject(id, NULL, 0);
         rdma_destroy_id(id);
         return;
@@ -35,6 +54,7 @@ static void request_take(struct rdma_transport *t, struct rdma_cm_id *id, int cr
     tcp_address_print(&other, link->base.peer);
     id->context = &link->rails[0];
     link->rails[0].id = id;
+    link->rails[0].since_ns = util_now_ns();
     link->state = RDMA_ACCEPTING;
     link->credits = (unsigned)credits;
     rdma_rails_offer(link);

@@ -1,5 +1,4 @@
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -102,30 +101,23 @@ static void completions_ready(struct loop_watch *watch, uint32_t ready)
     }
 }
 
-int rdma_unblock(int fd)
-{
-    int flags = fcntl(fd, F_GETFL);
-    return flags < 0 || fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
-}
-
-static int completions_get(struct rdma_transport *t, struct ibv_context *verbs,
+static int completions_get(struct rdma_transport *t, struct rdma_cm_id *id,
                            struct rdma_completions **out)
 {
-    struct rdma_device *device;
-    int r = rdma_device_get(verbs, &device);
-    if (r < 0)
-        return r;
-    LL_SEARCH_SCALAR(t->completions, *out, device, device);
-    if (*out)
-        return 0;
+    LL_FOREACH(t->completions, *out) {
+        if ((*out)->device->verbs == id->verbs)
+            return 0;
+    }
     struct rdma_completions *completions = calloc(1, sizeof(*completions));
     if (!completions)
         return -ENOMEM;
-    completions->device = device;
-    completions->channel = ibv_create_comp_channel(verbs);
+    int r = rdma_device_get(id, &completions->device);
+    if (r < 0)
+        goto free_completions;
+    completions->channel = ibv_create_comp_channel(id->verbs);
     if (!completions->channel) {
         r = errno ? -errno : -ENOMEM;
-        goto free_completions;
+        goto put_device;
     }
     completions->watch.fd = completions->channel->fd;
     completions->watch.ready = completions_ready;
@@ -140,20 +132,46 @@ static int completions_get(struct rdma_transport *t, struct ibv_context *verbs,
 
 destroy_channel:
     ibv_destroy_comp_channel(completions->channel);
+put_device:
+    rdma_device_put(completions->device);
 free_completions:
     free(completions);
     return r;
 }
 
+static void completions_end(struct rdma_transport *t, struct rdma_completions *completions)
+{
+    LL_DELETE(t->completions, completions);
+    loop_watch_clear(t->base.loop, &completions->watch);
+    ibv_destroy_comp_channel(completions->channel);
+    rdma_device_put(completions->device);
+    free(completions);
+}
+
+static bool completions_used(const struct rdma_transport *t, const struct rdma_completions *c)
+{
+    struct rdma_link *link;
+    DL_FOREACH(t->links, link) {
+        for (unsigned i = 0; i < RDMA_RAILS; i++)
+            if (link->rails[i].completions && link->rails[i].completions->channel == c->channel)
+                return true;
+    }
+    return false;
+}
+
+void rdma_completions_look(struct rdma_transport *t)
+{
+    struct rdma_completions *completions, *next;
+    LL_FOREACH_SAFE(t->completions, completions, next) {
+        if (rdma_device_gone(completions->device) && !completions_used(t, completions))
+            completions_end(t, completions);
+    }
+}
+
 void rdma_completions_close(struct rdma_transport *t)
 {
-    while (t->completions) {
-        struct rdma_completions *completions = t->completions;
-        LL_DELETE(t->completions, completions);
-        loop_watch_clear(t->base.loop, &completions->watch);
-        ibv_destroy_comp_channel(completions->channel);
-        free(completions);
-    }
+    while (t->completions)
+        completions_end(t, t->completions);
 }
 
 // -- The queue pair -------------------------------------------------------------------------------
@@ -179,8 +197,7 @@ static int domain_get(struct rdma_link *link, struct rdma_device *device, struct
 int rdma_rail_pair(struct rdma_rail *rail, unsigned messages)
 {
     struct rdma_completions *completions;
-    int r = completions_get(rdma_transport_of(rail->link->base.transport), rail->id->verbs,
-                            &completions);
+    int r = completions_get(rdma_transport_of(rail->link->base.transport), rail->id, &completions);
     if (r < 0)
         return r;
     struct rdma_device *device = rail->device = completions->device;
@@ -235,7 +252,7 @@ void rdma_rail_unpair(struct rdma_rail *rail)
 
 static const char *rail_name(const struct rdma_rail *rail)
 {
-    return rail->device ? ibv_get_device_name(rail->device->verbs->device) : "an RDMA adapter";
+    return rail->device ? rail->device->name : "an RDMA adapter";
 }
 
 void rdma_rail_pause(struct rdma_rail *rail, const char *reason)

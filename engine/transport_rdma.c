@@ -155,12 +155,14 @@ static void heart_beats(struct loop_timer *timer)
     struct rdma_transport *t = util_container(timer, struct rdma_transport, heart);
     loop_timer_set(t->base.loop, timer, HEART_NS);
     uint64_t now = util_now_ns();
-    struct rdma_link *link;
-    DL_FOREACH(t->links, link) {
+    struct rdma_link *link, *next;
+    DL_FOREACH_SAFE(t->links, link, next) {
         rdma_link_heartbeat(link, now);
         rdma_rails_look(link, now);
         link_look(link, now);
+        rdma_listen_look(link, now);
     }
+    rdma_completions_look(t);
     rdma_listen_again(t);
 }
 
@@ -282,8 +284,7 @@ static void link_look(struct rdma_link *link, uint64_t now_ns)
 
 static const char *device_of(const struct rdma_link *link)
 {
-    const struct rdma_cm_id *id = link->rails[0].id;
-    return id && id->verbs ? ibv_get_device_name(id->verbs->device) : "RDMA";
+    return link->rails[0].device ? link->rails[0].device->name : "that it was to use";
 }
 
 int rdma_rail_resolve(struct rdma_rail *rail, const struct tcp_address *address)

@@ -60,11 +60,12 @@ static struct {
     enum rdma_cm_event_type instead_of; /* an event that is replaced, ... */
     enum rdma_cm_event_type event;      /* ... by this one, ... */
     int event_status;                   /* ... with this */
+    bool removed;                       /* the device */
     bool other_preface;                 /* whoever connects or accepts is of another version */
     int domains, regions, queues, pairs, ids, channels, events; /* that exist */
     uint32_t last_key;
     uint16_t last_port;
-    struct fake_id *listeners;
+    struct fake_id *listeners, *all;
     struct fake_region *registered;
 } fake = {.lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP, .changed = PTHREAD_COND_INITIALIZER};
 
@@ -93,21 +94,24 @@ static void fake_fail_at(enum fake_call call, unsigned after, int error)
 
 static void *fake_new(size_t size, int *count)
 {
+    pthread_mutex_lock(&fake.lock);
     (*count)++;
+    pthread_mutex_unlock(&fake.lock);
     return calloc(1, size);
 }
 
 static void fake_delete(void *thing, int *count)
 {
-    (*count)--;
     free(thing);
+    pthread_mutex_lock(&fake.lock); // who sees nothing left sees it freed
+    (*count)--;
+    pthread_mutex_unlock(&fake.lock);
 }
 
 // -- Devices and memory ---------------------------------------------------------------------------
 
 static struct ibv_device fake_device = {.name = "fake0"};
-static struct ibv_context
-    *fake_context; /* a new device for each story, for the transport keeps them */
+static struct ibv_context *fake_context; /* the device as it is now */
 
 struct fake_domain {
     struct ibv_pd pd;
@@ -453,7 +457,9 @@ struct fake_id {
     struct rdma_cm_id id;
     struct fake_id *peer;
     bool connected;
-    struct fake_id *prev, *next; /* of listeners */
+    bool listens;
+    struct fake_id *prev, *next;         /* of listeners */
+    struct fake_id *all_prev, *all_next; /* of all */
 };
 
 static struct fake_id *fake_id_of(struct rdma_cm_id *id)
@@ -479,7 +485,9 @@ static void fake_tell(struct rdma_cm_id *id, struct rdma_cm_id *listener,
         e->event.param.conn.initiator_depth = param->responder_resources;
         e->private_data[7] += fake.other_preface;
     }
+    pthread_mutex_lock(&fake.lock);
     DL_APPEND(channel->waiting, e);
+    pthread_mutex_unlock(&fake.lock);
     eventfd_write(to->fd, 1);
 }
 
@@ -513,16 +521,17 @@ void rdma_destroy_event_channel(struct rdma_event_channel *channel)
 int rdma_get_cm_event(struct rdma_event_channel *from, struct rdma_cm_event **event)
 {
     struct fake_channel *channel = util_container(from, struct fake_channel, channel);
-    struct fake_event *e = channel->waiting;
     eventfd_t count;
-    if (!e) {
-        errno = EAGAIN;
-        return -1;
+    pthread_mutex_lock(&fake.lock);
+    struct fake_event *e = channel->waiting;
+    if (e) {
+        eventfd_read(from->fd, &count);
+        DL_DELETE(channel->waiting, e);
+        *event = &e->event;
     }
-    eventfd_read(from->fd, &count);
-    DL_DELETE(channel->waiting, e);
-    *event = &e->event;
-    return 0;
+    pthread_mutex_unlock(&fake.lock);
+    errno = EAGAIN;
+    return e ? 0 : -1;
 }
 
 int rdma_ack_cm_event(struct rdma_cm_event *event)
@@ -539,20 +548,24 @@ int rdma_create_id(struct rdma_event_channel *channel, struct rdma_cm_id **id, v
     struct fake_id *made = fake_new(sizeof(*made), &fake.ids);
     made->id.channel = channel;
     made->id.context = context;
+    pthread_mutex_lock(&fake.lock);
+    DL_APPEND2(fake.all, made, all_prev, all_next);
+    pthread_mutex_unlock(&fake.lock);
     *id = &made->id;
     return 0;
 }
 
 int rdma_destroy_id(struct rdma_cm_id *id)
 {
-    struct fake_id *mine = fake_id_of(id), *listener;
+    struct fake_id *mine = fake_id_of(id);
+    pthread_mutex_lock(&fake.lock);
     fake_forget(id);
-    DL_SEARCH_SCALAR(fake.listeners, listener, id.route.addr.src_sin.sin_port,
-                     id->route.addr.src_sin.sin_port);
-    if (listener == mine)
+    DL_DELETE2(fake.all, mine, all_prev, all_next);
+    if (mine->listens)
         DL_DELETE(fake.listeners, mine);
     if (mine->peer)
         mine->peer->peer = NULL;
+    pthread_mutex_unlock(&fake.lock);
     fake_delete(mine, &fake.ids);
     return 0;
 }
@@ -564,7 +577,12 @@ int rdma_set_option(struct rdma_cm_id *id, int level, int name, void *value, siz
 
 int rdma_bind_addr(struct rdma_cm_id *id, struct sockaddr *address)
 {
+    if (fake.removed) {
+        errno = ENODEV;
+        return -1;
+    }
     memcpy(&id->route.addr.src_storage, address, sizeof(struct sockaddr_in));
+    id->verbs = fake_context;
     if (id->route.addr.src_sin.sin_port == 0)
         id->route.addr.src_sin.sin_port = htons(++fake.last_port + 20000);
     return 0;
@@ -573,6 +591,7 @@ int rdma_bind_addr(struct rdma_cm_id *id, struct sockaddr *address)
 int rdma_listen(struct rdma_cm_id *id, int backlog)
 {
     struct fake_id *mine = fake_id_of(id);
+    mine->listens = true;
     DL_APPEND(fake.listeners, mine);
     return 0;
 }
@@ -580,8 +599,10 @@ int rdma_listen(struct rdma_cm_id *id, int backlog)
 int rdma_resolve_addr(struct rdma_cm_id *id, struct sockaddr *source, struct sockaddr *destination,
                       int timeout_ms)
 {
-    if (fake_fails(FAKE_RESOLVE_ADDRESS))
+    if (fake.removed || fake_fails(FAKE_RESOLVE_ADDRESS)) {
+        errno = fake.removed ? ENODEV : errno;
         return -1;
+    }
     memcpy(&id->route.addr.dst_storage, destination, sizeof(struct sockaddr_in));
     id->verbs = fake_context;
     fake_tell(id, NULL, RDMA_CM_EVENT_ADDR_RESOLVED, NULL);
@@ -694,14 +715,15 @@ int access(const char *path, int mode)
 
 // -- For stories ----------------------------------------------------------------------------------
 
-/* A device without a fault. */
+/* A device without a fault, new under its old name. */
 static void fake_reset(void)
 {
-    static struct ibv_context contexts[64]; // they live as long as the process
+    static struct ibv_context contexts[64];
     static unsigned used;
     if (used == util_count(contexts))
         abort();
     fake_context = &contexts[used++];
+    fake.removed = false;
     *fake_context = (struct ibv_context){.device = &fake_device,
                                          .ops = {.poll_cq = fake_poll,
                                                  .req_notify_cq = fake_notify,
@@ -711,6 +733,34 @@ static void fake_reset(void)
     fake.send_status = fake.read_status = IBV_WC_SUCCESS;
     fake.reads_stall = fake.deregister_waits = fake.other_preface = false;
     fake.event = RDMA_CM_EVENT_ADDR_RESOLVED; // 0: none
+}
+
+/* The device is removed: everybody who is on it hears of it. */
+static void fake_remove(void)
+{
+    struct fake_id *each;
+    pthread_mutex_lock(&fake.lock);
+    fake.removed = true;
+    DL_FOREACH2(fake.all, each, all_next)
+    {
+        if (each->id.verbs == fake_context)
+            fake_tell(&each->id, NULL, RDMA_CM_EVENT_DEVICE_REMOVAL, NULL);
+    }
+    pthread_mutex_unlock(&fake.lock);
+}
+
+/* Whether anybody is on a device yet. */
+static bool fake_held(const struct ibv_context *context)
+{
+    struct fake_id *each;
+    pthread_mutex_lock(&fake.lock);
+    DL_FOREACH2(fake.all, each, all_next)
+    {
+        if (each->id.verbs == context)
+            break;
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return each;
 }
 
 /* Everything that was made has been given back. */

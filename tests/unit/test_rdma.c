@@ -139,6 +139,23 @@ static void rdma_a_fabric_that_refuses_says_why(void **state)
     then_connects();
 }
 
+static bool three_refused(void)
+{
+    return puller.downs >= 3;
+}
+
+/* Their connections never come to be: no more of them are begun than there is room for. */
+static void rdma_strangers_who_fall_silent_are_bounded(void **state)
+{
+    fake.instead_of = RDMA_CM_EVENT_ESTABLISHED;
+    fake.event = RDMA_CM_EVENT_TIMEWAIT_EXIT;
+    for (int i = 0; i < 256 + 3; i++)
+        assert_int_equal(ops->connect(transport, address, 120000, &puller, &puller.link), 0);
+    assert_true(run_until(three_refused, SOON));
+    assert_true(fake.pairs <= 2 * 256);
+    assert_int_equal(holder.connected, 0);
+}
+
 static void rdma_another_version_is_refused(void **state)
 {
     fake.other_preface = true;
@@ -258,6 +275,45 @@ static void rdma_a_device_that_is_removed_answers_every_fetch(void **state)
 static bool both_down(void)
 {
     return puller.downs > 0 && holder.downs > 0;
+}
+
+static struct ibv_context *removed;
+
+static bool let_go(void)
+{
+    return !fake_held(removed);
+}
+
+static bool listens_again(void)
+{
+    return fake.listeners;
+}
+
+/* Nothing of the removed one is used any more: librdmacm may close it then. */
+static void rdma_a_device_that_returns_is_used_again(void **state)
+{
+    struct transport_adapter known[2];
+    link_up();
+    fake.reads_stall = true;
+    offer_all();
+    assert_true(run_until(reads_under_way, SOON));
+    removed = fake_context;
+    fake_remove();
+    assert_true(run_until(both_down, SOON));
+    assert_int_equal(answers(), -ENODEV);
+    assert_true(run_until(let_go, SOON));
+    memset(removed, 0xff, sizeof(*removed));
+    assert_int_equal(ops->adapters(known, util_count(known)), 1);
+    assert_string_equal(known[0].device, fake_device.name);
+    assert_int_equal(known[0].rails, 0);
+    uint64_t received = known[0].received;
+    fake_reset();
+    assert_true(run_until(listens_again, SOON));
+    then_connects();
+    offer_all();
+    all_arrive();
+    assert_int_equal(ops->adapters(known, util_count(known)), 1);
+    assert_int_equal(known[0].received, received + (uint64_t)PULLS * SHARD);
 }
 
 static void rdma_completions_that_cannot_be_waited_for_end_the_link(void **state)
@@ -390,6 +446,7 @@ static const struct story stories[] = {
     STORY(rdma_what_cannot_be_made_ends_the_connection),
     STORY(rdma_who_cannot_accept_is_not_heard_of),
     STORY(rdma_a_fabric_that_refuses_says_why),
+    STORY(rdma_strangers_who_fall_silent_are_bounded),
     STORY(rdma_another_version_is_refused),
     STORY(rdma_a_message_that_cannot_be_posted_ends_the_link),
     STORY(rdma_a_buffer_that_cannot_be_posted_again_ends_the_link),
@@ -397,6 +454,7 @@ static const struct story stories[] = {
     STORY(rdma_every_failed_completion_answers_every_fetch),
     STORY(rdma_every_failed_completion_of_a_message_ends_the_link),
     STORY(rdma_a_device_that_is_removed_answers_every_fetch),
+    STORY(rdma_a_device_that_returns_is_used_again),
     STORY(rdma_completions_that_cannot_be_waited_for_end_the_link),
     STORY(rdma_memory_that_cannot_be_registered_fails_its_fetch_only),
     STORY(rdma_memory_that_cannot_be_offered_is_told_at_once),
