@@ -5,7 +5,8 @@
 
 Prints rows of the table of scripts/bench, as JSON. Everything goes from rxe0 to rxe1 over the same wire, in turns.
 Soft-RoCE sends from kernel threads that belong to no process, so the machine's CPU counts both ends; ib_read_bw polls
-without a pause, with -e it sleeps as p2pfs does."""
+without a pause, with -e it sleeps as p2pfs does. A pull's rate is the daemon's own, from the first ask to the last shard
+verified, as ib_read_bw's is without its start; how long the whole command took has a row of its own."""
 
 import json
 import os
@@ -57,14 +58,12 @@ class Row:
     """Rounds of one method: the clock, the source's process, the machine."""
 
     def __init__(self):
-        self.rates, self.source, self.machine, self.verifying = [], [], [], []
+        self.rates, self.source, self.machine, self.verifying, self.commands = [], [], [], [], []
 
-    def add(self, size, seconds, source, machine, verifying=None):
+    def add(self, size, seconds, source, machine):
         self.rates.append(size / seconds / 1e6)
         self.source.append(source / size * 1e9)
         self.machine.append(machine / size * 1e9)
-        if verifying is not None:
-            self.verifying.append(verifying)
 
     def told(self, name, base):
         """As rows of the table of scripts/bench."""
@@ -78,6 +77,7 @@ class Row:
         yield row(f"{name}: CPU of the machine (of ib_read_bw's)", self.machine, "s/GB", base.machine)
         if self.verifying:
             yield row(f"{name}: verifying", self.verifying, "of the time")
+            yield row(f"{name}: the whole command", self.commands, "s")
 
 
 def ib_read_bw(row, events):
@@ -116,7 +116,8 @@ def bench(row, home, block):
 
 
 def pull(row, again, home, serial, transport):
-    """The first pull of a mount, whose pages the kernel must clear meanwhile, and one into pages that it has used."""
+    """The first pull of a mount that was idle for so long that it has prepared what memory it may, and one into pages that
+    a pull has used."""
     home = home / f"pull{serial}"
     home.mkdir()
     cluster = Cluster(home)
@@ -128,6 +129,7 @@ def pull(row, again, home, serial, transport):
             for _ in range(SIZE >> 20):
                 out.write(block)
         eventually(puller.path("f").exists, 10, "the name")
+        eventually(lambda: puller.status()["reserve"] >= SIZE, 60, "the pages are prepared")
         for mine in (row, again):
             machine, process, begun = machine_cpu(), process_cpu(source.pid), time.monotonic()
             puller.cli("pull", "--quiet", puller.path("f"), timeout=200)
@@ -138,7 +140,9 @@ def pull(row, again, home, serial, transport):
             if came != {transport}:
                 raise RuntimeError(f"shards came by {came}")
             verifying = sum(shard.get("verify_s", 0) for shard in why["each"])
-            mine.add(SIZE, seconds, *spent, verifying / seconds)
+            mine.add(SIZE, why["took_s"], *spent)
+            mine.verifying.append(verifying / why["took_s"])
+            mine.commands.append(seconds)
             puller.cli("evict", "f")
     finally:
         cluster.cleanup()
