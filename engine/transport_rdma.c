@@ -454,6 +454,7 @@ static void event_of_link(struct rdma_link *link, const struct rdma_cm_event *ev
         link_failed(link, event->status);
         break;
     case RDMA_CM_EVENT_DISCONNECTED:
+        rdma_link_collect(link); // a request that failed before tells why
         rdma_link_break(link, -ECONNRESET, "the other side closed the connection");
         break;
     case RDMA_CM_EVENT_DEVICE_REMOVAL:
