@@ -255,6 +255,8 @@ static int fill_take(struct fill *fill)
     spread_window_took(&pull->window, took);
     pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
     if (!fill->source->far) {
+        uint64_t passed = now_of(fill) - fill->asked_ns;
+        pull->passed_ns = pull->passed_ns ? (pull->passed_ns * 7 + passed) / 8 : passed;
         spread_reach_near(&pull->reach);
     }
     source_praise(fill->source);

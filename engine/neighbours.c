@@ -15,13 +15,14 @@
 struct neighbours {
     struct neighbour *list;
     size_t count;
+    size_t reviewed;                   /* the count at the last review */
     char locality[MODEL_NODE_MAX + 1]; /* this node's */
     struct spread_rack rack;
-    uint64_t rack_ms; /* when it was drawn; 0: not yet */
+    uint64_t rack_ms; /* when it was drawn of the catalog; 0: not yet */
 };
 
-/* All nodes of this locality, as nobody knows which of them pull. */
-static void rack_draw(struct replica *replica, uint64_t now_ms)
+/* All nodes of this locality, whether they pull or not. */
+static void rack_draw_all(struct replica *replica, uint64_t now_ms)
 {
     struct neighbours *n = replica->neighbours;
     const struct engine_config *config = &replica->engine->config;
@@ -46,6 +47,24 @@ static void rack_draw(struct replica *replica, uint64_t now_ms)
     }
 }
 
+/* Those of this locality that pull. */
+static void rack_draw_pullers(struct replica *replica)
+{
+    struct neighbours *n = replica->neighbours;
+    const struct engine_config *config = &replica->engine->config;
+    uint64_t others[SPREAD_RACK_FEW];
+    size_t near = 0;
+    const struct neighbour *neighbour;
+    DL_FOREACH(n->list, neighbour) {
+        if (!neighbour->gone && !neighbour->complete &&
+            strcmp(neighbour->node.locality, n->locality) == 0) {
+            others[near++] = spread_rack_place(neighbour->node.name, neighbour->node.boot);
+        }
+    }
+    spread_rack_set(&n->rack, spread_rack_place(config->node, config->boot), others, near);
+    n->rack_ms = 1; /* as soon as that changes, the catalog is asked */
+}
+
 int neighbours_open(struct replica *replica)
 {
     if (replica->neighbours) {
@@ -61,7 +80,7 @@ int neighbours_open(struct replica *replica)
         snprintf(n->locality, sizeof n->locality, "%s", self.locality);
     }
     replica->neighbours = n;
-    rack_draw(replica, util_now_ms());
+    rack_draw_all(replica, util_now_ms());
     return 0;
 }
 
@@ -252,7 +271,12 @@ bool neighbours_review(struct replica *replica, uint64_t now_ms)
         neighbour_forget(n, neighbour);
     }
     changed |= worst_drop(n, now_ms);
-    rack_draw(replica, now_ms);
+    if (n->rack_ms && spread_rack_known(n->count, n->reviewed)) {
+        rack_draw_pullers(replica);
+    } else {
+        rack_draw_all(replica, now_ms);
+    }
+    n->reviewed = n->count;
     return neighbours_choose(replica, SPREAD_NEIGHBOURS_LATER, now_ms) || changed;
 }
 

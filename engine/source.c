@@ -186,7 +186,7 @@ static uint32_t shard_choose(struct source *source, enum source_turn turn, bool 
                                  .far = source->far && !source->pull->starving,
                                  .rack = replica->near_sources ? neighbours_rack(replica) : NULL,
                                  .now_ms = now / 1000000,
-                                 .step_ms = spread_rack_step_ms(source->pull->usual_ns),
+                                 .step_ms = spread_rack_step_ms(source->pull->passed_ns),
                                  .steps = source->pull->reach.steps / SPREAD_REACH_PARTS};
     uint32_t shard = SPREAD_NONE;
     *urgent = false;
@@ -349,7 +349,7 @@ void source_pump_all(struct pull *pull)
         pull->full_ns = now;
     }
     spread_reach_tick(&pull->reach, now / 1000000, pull->full_ns / 1000000,
-                      spread_rack_step_ms(pull->usual_ns));
+                      spread_rack_step_ms(pull->passed_ns));
     for (enum source_turn turn = TURN_RARE; whole && absent && turn < TURN_COUNT; turn++) {
         sources_turn(pull, turn, usable, now);
     }

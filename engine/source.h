@@ -20,6 +20,7 @@ struct pull {
     uint32_t fetching;           /* fills that are granted */
     uint64_t full_ns;            /* when the window was full last */
     uint64_t usual_ns;           /* from grant to landed, smoothed; 0: not known yet */
+    uint64_t passed_ns;          /* of its own locality: from asked to landed, likewise */
     struct spread_reach reach;   /* beyond what it goes for in other localities */
     uint32_t hedges;             /* shards asked twice so far */
     bool starving;               /* nothing has come for long, on any lane */

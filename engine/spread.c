@@ -12,7 +12,7 @@
 #define SPREAD_WIDTH_PART      28           /* of a version */
 #define SPREAD_HUNGRY_NS       60000000ull
 #define SPREAD_STARVED_NS      10000000000ull /* and whatever is usual */
-#define SPREAD_RACK_STEP       4              /* usual times of a shard */
+#define SPREAD_RACK_STEP       4              /* usual times until a shard is passed on */
 #define SPREAD_RACK_UNKNOWN_NS 250000000ull
 #define SPREAD_TRIAL_MS        3000         /* what a neighbour gets to show what it can */
 #define SPREAD_HEDGE_NS        300000000ull /* a shard is not late before */
@@ -354,9 +354,14 @@ void spread_rack_set(struct spread_rack *rack, uint64_t place, uint64_t *others,
     }
 }
 
-uint64_t spread_rack_step_ms(uint64_t usual_ns)
+bool spread_rack_known(size_t known, size_t before)
 {
-    return (usual_ns ? usual_ns * SPREAD_RACK_STEP : SPREAD_RACK_UNKNOWN_NS) / 1000000 + 1;
+    return known == before && known <= SPREAD_RACK_FEW;
+}
+
+uint64_t spread_rack_step_ms(uint64_t passed_ns)
+{
+    return (passed_ns ? passed_ns * SPREAD_RACK_STEP : SPREAD_RACK_UNKNOWN_NS) / 1000000 + 1;
 }
 
 void spread_reach_tick(struct spread_reach *reach, uint64_t now_ms, uint64_t full_ms,

@@ -40,7 +40,7 @@ void spread_less(struct spread *spread, uint32_t shard, bool near);
 /* Between localities about one copy is to pass, however many nodes of one pull. They stand on a ring, as shards do
  * (consistent hashing: D. Karger et al., 1997). A shard that no near neighbour has is fetched from far by the node that
  * comes behind it there; a step later by the next one too; then by four, eight, and so on. So one that has died, or does
- * not pull, costs a step, and a locality in which few pull costs a few. */
+ * not pull, costs a step. */
 #define SPREAD_RACK_LEVELS 20
 struct spread_rack {
     uint64_t salt;                    /* the version's: each has other nodes go */
@@ -51,8 +51,13 @@ struct spread_rack {
 uint64_t spread_rack_place(const char *node, uint64_t boot);
 /* others: the places of the other nodes of this locality, in any order; sorted afterwards by distance. */
 void spread_rack_set(struct spread_rack *rack, uint64_t place, uint64_t *others, size_t count);
-/* How long a step is: the time in which a shard usually comes over and is passed on. */
-uint64_t spread_rack_step_ms(uint64_t usual_ns);
+/* Whether whoever pulls is known, so that the ring is that of the pullers: they are few, and as many as at the
+ * last review. Of many each node knows other ones; then the ring is that of all nodes of the locality. */
+#define SPREAD_RACK_FEW 48
+bool spread_rack_known(size_t known, size_t before);
+/* How long a step is: the time in which a shard usually comes over and is passed on. passed_ns: what one usually takes
+ * from being asked of a near neighbour to being here, its turn included; 0: not known yet. */
+uint64_t spread_rack_step_ms(uint64_t passed_ns);
 
 /* How many steps a puller may take at most: one more for each in which it had room for more, fewer again as near ones
  * bring what it lacks. So it is one where all of a locality pull, and all of them for the only one that does. */

@@ -271,6 +271,8 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
             fill_cancel(sim, fill->twin);
         }
         if (!source->far) {
+            uint64_t passed = sim->now_ns - fill->asked_ns;
+            node->passed_ns = node->passed_ns ? (node->passed_ns * 7 + passed) / 8 : passed;
             spread_reach_near(&node->reach);
         }
         shard_settle(sim, node, shard);

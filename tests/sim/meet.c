@@ -157,7 +157,7 @@ void meet_look(struct sim *sim, struct sim_node *node)
 }
 
 /* All nodes of the rack, as engine/neighbours.c has them of the catalog, whether they pull or not. */
-static void circle_draw(struct sim *sim, struct sim_node *node)
+static void circle_draw_all(struct sim *sim, struct sim_node *node)
 {
     const struct sim_options *o = &sim->options;
     if (o->racks < 2 || !o->locality) {
@@ -180,12 +180,35 @@ static void circle_draw(struct sim *sim, struct sim_node *node)
     free(others);
 }
 
+/* Those of the rack that pull, or as long as they are not all known, all. */
+static void circle_draw(struct sim *sim, struct sim_node *node)
+{
+    uint64_t others[SIM_KNOWN_MAX];
+    size_t near = 0;
+    size_t count = 0;
+    for (uint32_t i = 0; i < SIM_KNOWN_MAX; i++) {
+        const struct sim_neighbour *known = &node->known[i];
+        count += known->node != NULL;
+        if (known->node && known->near && !known->gone && !known->complete) {
+            others[near++] = spread_rack_place("", known->node->id);
+        }
+    }
+    if (spread_rack_known(count, node->known_count)) {
+        spread_rack_set(&node->circle, spread_rack_place("", node->id), others, near);
+    } else {
+        circle_draw_all(sim, node);
+    }
+    node->known_count = count;
+}
+
 void meet_looked(struct sim *sim, struct sim_node *node)
 {
     if (!node->pulling) {
         return;
     }
-    circle_draw(sim, node);
+    if (!node->circle.place) {
+        circle_draw_all(sim, node);
+    }
     uint32_t first = (uint32_t)(sim_random(sim) % sim->holder_count);
     for (uint32_t i = 0; i < sim->holder_count && i < SIM_KNOWN_MAX; i++) {
         learn(sim, node, sim->holders[(first + i) % sim->holder_count]);

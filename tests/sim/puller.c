@@ -47,7 +47,7 @@ static uint32_t shard_take(struct sim *sim, struct sim_conn *source, enum source
                                        .rack = far && near_attached(node) ? &node->circle : NULL,
                                        .now_ms = sim->now_ns / SIM_MS,
                                        .steps = node->reach.steps / SPREAD_REACH_PARTS,
-                                       .step_ms = spread_rack_step_ms(node->usual_ns)};
+                                       .step_ms = spread_rack_step_ms(node->passed_ns)};
     bool urgent;
     uint32_t shard = turn == TURN_RARE ? advice_take(source) : SPREAD_NONE;
     if (shard == SPREAD_NONE) {
@@ -173,7 +173,7 @@ void puller_pump(struct sim *sim, struct sim_node *node)
         node->full_ns = sim->now_ns;
     }
     spread_reach_tick(&node->reach, sim->now_ns / SIM_MS, node->full_ns / SIM_MS,
-                      spread_rack_step_ms(node->usual_ns));
+                      spread_rack_step_ms(node->passed_ns));
     for (enum source_turn turn = TURN_RARE; turn < TURN_COUNT; turn++) {
         uint32_t of_turn = among & (turn == TURN_PARTIAL ? ~complete : complete);
         if (of_turn && (usable == 1 || turn_wanted(sim, node, turn, width)) &&

@@ -199,6 +199,7 @@ struct sim_node {
     uint32_t wait_count;
     uint32_t dry; /* a bit for each source, near and not complete, that has nothing absent */
     uint64_t usual_ns;
+    uint64_t passed_ns;
     uint64_t full_ns;   /* when its window was full, last */
     uint64_t refill_ns; /* of its sources, the first, or sooner */
     struct spread_window window;
@@ -215,6 +216,7 @@ struct sim_node {
     uint64_t idle_ns; /* when it has handled all messages so far */
     /* it pulls */
     struct spread_rack circle;
+    size_t known_count; /* at the last review */
     struct sim_neighbour *known;
     uint32_t attached_count;
     uint32_t hedges;

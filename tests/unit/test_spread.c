@@ -380,6 +380,10 @@ static void one_of_a_rack_goes_far_for_each_shard_then_more(void **state)
     assert_int_equal(rack_goes(500, 40, 6, 1), 40 * 500);
     assert_int_equal(rack_goes(500, 3, 1, 1), 2 * 500);
     assert_int_equal(rack_goes(500, 40, 6, 1001), 500); /* another clock's now */
+    assert_true(spread_rack_known(0, 0));
+    assert_true(spread_rack_known(SPREAD_RACK_FEW, SPREAD_RACK_FEW));
+    assert_false(spread_rack_known(9, 8));
+    assert_false(spread_rack_known(SPREAD_RACK_FEW + 1, SPREAD_RACK_FEW + 1));
 }
 
 /* A step for each in which there was room; near shards take it back. */
