@@ -230,16 +230,16 @@ void fill_gone(struct sim *sim, struct sim_fill *fill)
 
 static void shard_settle(struct sim *sim, struct sim_node *node, uint32_t shard)
 {
-    uint64_t still = sim->now_ns - node->progress_ns;
-    node->starved_ns = still > node->starved_ns ? still : node->starved_ns;
-    node->progress_ns = sim->now_ns;
+    struct sim_host *host = node->host;
+    uint64_t still = sim->now_ns - host->progress_ns;
+    host->starved_ns = still > host->starved_ns ? still : host->starved_ns;
+    node->progress_ns = host->progress_ns = sim->now_ns;
     node->twice += sim_has(node, shard);
     spread_land(node->spread, shard);
     node->have[shard / 64] |= 1ull << (shard % 64);
     node->present++;
     if (!node->announced) {
-        node->announced = true;
-        sim->holders[sim->holder_count++] = node;
+        sim_announce(sim, node);
     }
     sim_at(sim, sim->now_ns + sim->options.latency, SIM_NEWS, node, 0, shard);
 }
@@ -282,6 +282,7 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
         node->done_ns = sim->now_ns;
         sim->left--;
         puller_end(sim, node);
+        sim_next_file(sim, node);
     } else {
         puller_pump(sim, node);
     }

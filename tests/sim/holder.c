@@ -30,7 +30,7 @@ static bool serves(const struct sim_conn *conn)
 static void dispatch(struct sim *sim, struct sim_node *node)
 {
     struct slots_ask *ask;
-    while ((ask = slots_next(&node->slots, sim->now_ns))) {
+    while ((ask = slots_next(&node->host->slots, sim->now_ns))) {
         struct sim_fill *fill = (struct sim_fill *)((char *)ask - offsetof(struct sim_fill, ask));
         sim_send(sim, fill->conn->puller, SIM_GRANT, fill, fill->generation);
         if (!fill->conn->puller->stopped) { /* else it does not read */
@@ -44,7 +44,7 @@ static void grant_end(struct sim *sim, struct sim_fill *fill, bool landed)
     struct sim_conn *conn = fill->conn;
     struct sim_node *node = conn->holder;
     links_stop(sim, fill);
-    slots_end(&node->slots, &fill->ask, sim->now_ns, landed);
+    slots_end(&node->host->slots, &fill->ask, sim->now_ns, landed);
     if (fill->promised) {
         slots_book_settle(node->book, fill->shard, mark_of(conn), ms_of(sim), landed);
     }
@@ -101,7 +101,7 @@ static uint32_t promise(struct sim *sim, struct sim_fill *fill)
     }
     if (!fill->ask.urgent && node->follower_count > 1) {
         wait = slots_book_wait(node->book, fill->shard, mark_of(fill->conn), ms_of(sim),
-                               slots_patience_ms(&node->slots));
+                               slots_patience_ms(&node->host->slots));
     }
     if (wait) {
         fill->advice_count = slots_book_advise(node->book, fill->advice, GRANT_ADVICE);
@@ -133,7 +133,7 @@ void holder_ask(struct sim *sim, struct sim_fill *fill)
     }
     fill->ask.progress = (uint8_t)((uint64_t)conn->puller->present * 64 / sim->shards);
     fill->ask.shards = sim->shards;
-    if (!slots_ask(&node->slots, &conn->slots, &fill->ask)) {
+    if (!slots_ask(&node->host->slots, &conn->slots, &fill->ask)) {
         if (fill->promised) {
             slots_book_settle(node->book, fill->shard, mark_of(conn), ms_of(sim), false);
         }
@@ -256,8 +256,8 @@ static void promises_end(struct sim *sim, struct sim_conn *conn)
 
 void holder_tick(struct sim *sim, struct sim_node *node)
 {
-    slots_overdue(&node->slots, sim->now_ns);
-    for (uint32_t i = 0; node->slots.overdue_count && i < node->follower_count; i++) {
+    slots_overdue(&node->host->slots, sim->now_ns);
+    for (uint32_t i = 0; node->host->slots.overdue_count && i < node->follower_count; i++) {
         promises_end(sim, node->followers[i]);
     }
     dispatch(sim, node);

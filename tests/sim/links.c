@@ -16,7 +16,7 @@ static void uplink_advance(struct sim *sim, struct sim_uplink *up)
 /* Waits for the first of the uploads that there are now. */
 static void uplink_wait(struct sim *sim, struct sim_node *node)
 {
-    struct sim_uplink *up = &node->up;
+    struct sim_uplink *up = &node->host->up;
     const struct sim_fill *first = up->uploads;
     up->generation++;
     if (first) {
@@ -29,17 +29,17 @@ static void uplink_wait(struct sim *sim, struct sim_node *node)
 void links_upload(struct sim *sim, struct sim_fill *fill)
 {
     struct sim_node *node = fill->conn->holder;
-    uplink_advance(sim, &node->up);
+    uplink_advance(sim, &node->host->up);
     fill->upload_ns = sim->now_ns;
-    fill->finish = node->up.served + (double)sim_shard_size(sim, fill->shard);
+    fill->finish = node->host->up.served + (double)sim_shard_size(sim, fill->shard);
     fill->uploading = true;
     /* They are kept in the order in which they end: that in which they began, unless one is smaller. */
-    struct sim_fill *before = node->up.uploads ? node->up.uploads->upload_prev : NULL;
+    struct sim_fill *before = node->host->up.uploads ? node->host->up.uploads->upload_prev : NULL;
     while (before && before->finish > fill->finish) {
-        before = before == node->up.uploads ? NULL : before->upload_prev;
+        before = before == node->host->up.uploads ? NULL : before->upload_prev;
     }
-    DL_APPEND_ELEM2(node->up.uploads, before, fill, upload_prev, upload_next);
-    node->up.count++;
+    DL_APPEND_ELEM2(node->host->up.uploads, before, fill, upload_prev, upload_next);
+    node->host->up.count++;
     uplink_wait(sim, node);
 }
 
@@ -49,13 +49,13 @@ void links_stop(struct sim *sim, struct sim_fill *fill)
     if (!fill->uploading) {
         return;
     }
-    uplink_advance(sim, &node->up);
-    double left = fill->finish - node->up.served;
+    uplink_advance(sim, &node->host->up);
+    double left = fill->finish - node->host->up.served;
     uint64_t sent = sim_shard_size(sim, fill->shard) - (left > 0 ? (uint64_t)left : 0);
-    node->up.bytes += sent;
+    node->host->up.bytes += sent;
     fill->uploading = false;
-    DL_DELETE2(node->up.uploads, fill, upload_prev, upload_next);
-    node->up.count--;
+    DL_DELETE2(node->host->up.uploads, fill, upload_prev, upload_next);
+    node->host->up.count--;
     uplink_wait(sim, node);
 }
 
@@ -74,7 +74,7 @@ static uint64_t pipe_pass(struct sim_pipe *pipe, uint64_t first_ns, uint64_t las
 
 void links_sent(struct sim *sim, struct sim_node *node)
 {
-    struct sim_fill *fill = node->up.uploads;
+    struct sim_fill *fill = node->host->up.uploads;
     uint64_t latency = sim->options.latency;
     struct sim_node *to = fill->conn->puller;
     links_stop(sim, fill);
@@ -85,6 +85,6 @@ void links_sent(struct sim *sim, struct sim_node *node)
         last = pipe_pass(&sim->trunk_out[node->rack], first, last, bytes);
         last = pipe_pass(&sim->trunk_in[to->rack], first, last, bytes);
     }
-    last = pipe_pass(&to->down, first, last, bytes);
+    last = pipe_pass(&to->host->down, first, last, bytes);
     sim_at(sim, last, SIM_LANDED, fill, fill->generation, 0);
 }

@@ -1,12 +1,13 @@
 /* Runs one swarm and says how it went.
  *
- *   sim [--nodes N] [--size 140G] [--shard SIZE] [--rate 100gbit] [--latency US] [--message US] [--sessions N]
- *       [--racks N] [--others N] [--trunk N] [--no-locality] [--churn PERCENT] [--stall PERCENT] [--liars PERCENT]
- *       [--spread SECONDS] [--seed S] [--within N] [--egress N] [--rack-copies N] [--json]
+ *   sim [--nodes N] [--files N] [--size 140G] [--shard SIZE] [--rate 100gbit] [--latency US] [--message US]
+ *       [--sessions N] [--racks N] [--others N] [--trunk N] [--no-locality] [--churn PERCENT] [--stall PERCENT]
+ *       [--liars PERCENT] [--spread SECONDS] [--seed S] [--within N] [--egress N] [--rack-copies N] [--json]
  *
- * --others: nodes of each rack that do not pull. --within, --egress and --rack-copies are bounds: of the last node's
- * time over the ideal, of the copies that the registrar sent, and of those that came into another rack than its own. 0;
- * 1: a bound or an invariant is broken; 2: wrong usage. */
+ * --files: each node pulls so many of the size, and none may fail. --others: nodes of each rack that do not pull.
+ * --within, --egress and --rack-copies are bounds: of the last node's time over the ideal, of the copies that the
+ * registrar sent, and of those that came into another rack than its own. 0; 1: a bound or an invariant is broken; 2:
+ * wrong usage. */
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,26 +43,31 @@ static int compare(const void *a, const void *b)
 static struct result result_of(const struct sim *sim)
 {
     const struct sim_options *o = &sim->options;
-    struct result r = {.ideal = (double)o->size / o->rate};
-    double *times = calloc(sim->count, sizeof *times);
-    double sent = 0;
+    double bytes = (double)o->size * o->files;
+    struct result r = {.ideal = bytes / o->rate};
+    double *times = calloc(sim->hosts, sizeof *times);
+    double sent = (double)sim->host[0].up.bytes;
     double used = 0;
     if (!times) {
         abort();
     }
-    for (uint32_t i = 0; i < sim->count; i++) {
-        const struct sim_node *node = &sim->nodes[i];
-        sent += (double)node->up.bytes;
-        if (i > 0) {
+    for (uint32_t i = 1; i < sim->hosts; i++) {
+        const struct sim_host *host = &sim->host[i];
+        double starved = (double)host->starved_ns / (double)SIM_NS;
+        uint64_t done_ns = 0;
+        bool lost = false;
+        r.starved = starved > r.starved ? starved : r.starved;
+        sent += (double)host->up.bytes;
+        for (uint32_t n = i; n < sim->count; n += sim->hosts) {
+            const struct sim_node *node = &sim->nodes[n];
             used += (double)node->present / sim->shards * (double)o->size;
-            double starved = (double)node->starved_ns / (double)SIM_NS;
-            r.starved = starved > r.starved ? starved : r.starved;
+            done_ns = node->done_ns > done_ns ? node->done_ns : done_ns;
+            lost |= !node->done_ns;
         }
-        if (i > 0 && node->done_ns) {
-            times[r.done++] = (double)(node->done_ns - node->begun_ns) / (double)SIM_NS / r.ideal;
-        } else {
-            r.lost += i > 0 && (!node->alive || node->stopped);
+        if (!lost) {
+            times[r.done++] = (double)(done_ns - host->begun_ns) / (double)SIM_NS / r.ideal;
         }
+        r.lost += lost;
     }
     qsort(times, r.done, sizeof *times, compare);
     if (r.done) {
@@ -70,11 +76,11 @@ static struct result result_of(const struct sim *sim)
         r.last = times[r.done - 1];
     }
     free(times);
-    r.egress = (double)sim->nodes[0].up.bytes / (double)o->size;
+    r.egress = (double)sim->host[0].up.bytes / bytes;
     r.waste = used > 0 ? sent / used - 1 : 0;
-    r.messages = (double)sim->counters.messages / sim->count;
+    r.messages = (double)sim->counters.messages / sim->hosts;
     for (uint32_t i = 1; i < o->racks; i++) {
-        double copies = (double)sim->trunk_in[i].bytes / (double)o->size;
+        double copies = (double)sim->trunk_in[i].bytes / bytes;
         r.rack_copies = copies > r.rack_copies ? copies : r.rack_copies;
     }
     return r;
@@ -98,6 +104,9 @@ static void check(const struct sim *sim, const struct result *r, const struct bo
     uint32_t wrong = 0;
     for (uint32_t i = 1; i < sim->count; i++) {
         const struct sim_node *node = &sim->nodes[i];
+        if (node->id == 0) {
+            continue; /* the registrar */
+        }
         uint32_t bits = 0;
         for (uint32_t k = 0; k < sim->shards; k++) {
             bits += sim_has(node, k);
@@ -123,8 +132,9 @@ static void check(const struct sim *sim, const struct result *r, const struct bo
 static void say(const struct sim *sim, const struct result *r)
 {
     const struct sim_counters *c = &sim->counters;
-    printf("%u nodes, %u shards, ideal %.2f s: first %.3f, median %.3f, last %.3f x ideal\n",
-           sim->options.nodes, sim->shards, r->ideal, r->first, r->median, r->last);
+    printf("%u nodes, %u x %u shards, ideal %.2f s: first %.3f, median %.3f, last %.3f x ideal\n",
+           sim->options.nodes, sim->options.files, sim->shards, r->ideal, r->first, r->median,
+           r->last);
     printf(
         "registrar sent %.2f copies, %.2f came into the fullest other rack; %.1f %% of all bytes "
         "wasted\n",
@@ -169,6 +179,7 @@ static double rate_of(const char *text) /* bytes/s of "100gbit" */
 
 enum {
     NODES = 1,
+    FILES,
     SIZE,
     SHARD,
     RATE,
@@ -192,6 +203,7 @@ enum {
 
 static const struct option words[] = {
     {"nodes", required_argument, NULL, NODES},
+    {"files", required_argument, NULL, FILES},
     {"size", required_argument, NULL, SIZE},
     {"shard", required_argument, NULL, SHARD},
     {"rate", required_argument, NULL, RATE},
@@ -221,6 +233,9 @@ static int option_take(int word, const char *text, struct sim_options *o, struct
     switch (word) {
     case NODES:
         o->nodes = (uint32_t)value;
+        return 0;
+    case FILES:
+        o->files = (uint32_t)value;
         return 0;
     case SIZE:
         return util_size_parse(text, 0, &o->size);
@@ -285,6 +300,7 @@ static int option_take(int word, const char *text, struct sim_options *o, struct
 int main(int argc, char **argv)
 {
     struct sim_options o = {.nodes = 100,
+                            .files = 1,
                             .size = 140000000000ull,
                             .rate = 100e9 / 8,
                             .latency = 20000,
@@ -305,12 +321,15 @@ int main(int argc, char **argv)
     if (!o.shard_size) {
         o.shard_size = model_shard_auto(o.size);
     }
-    if (optind != argc || o.nodes < 1 || o.rate <= 0 || o.size < 1 || o.message < 1 ||
-        o.shard_size < 4096 || o.racks < 1 || o.racks > SIM_RACKS_MAX || o.trunk <= 0) {
+    if (optind != argc || o.nodes < 1 || o.files < 1 ||
+        (o.files > 1 && o.churn + o.stall + o.liars > 0) || o.rate <= 0 || o.size < 1 ||
+        o.message < 1 || o.shard_size < 4096 || o.racks < 1 || o.racks > SIM_RACKS_MAX ||
+        o.trunk <= 0) {
         return usage("wrong options");
     }
     struct sim *sim = sim_open(&o);
-    sim_run(sim, (uint64_t)((double)o.size / o.rate * 10 * (double)SIM_NS) + 600 * SIM_NS);
+    sim_run(sim,
+            (uint64_t)((double)o.size * o.files / o.rate * 10 * (double)SIM_NS) + 600 * SIM_NS);
     struct result r = result_of(sim);
     check(sim, &r, &bounds);
     if (json) {

@@ -28,7 +28,7 @@ void meet_connect(struct sim *sim, struct sim_conn *source)
 {
     /* SYN, SYN+ACK, HELLO, WELCOME; PROOF and ATTACH come together. */
     sim->counters.messages += 3;
-    source->holder->idle_ns += 2 * sim->options.message;
+    source->holder->host->idle_ns += 2 * sim->options.message;
     sim_at(sim, sim->now_ns + 4 * sim->options.latency, SIM_CONNECT, source, source->generation, 0);
 }
 
@@ -163,12 +163,12 @@ static void circle_draw_all(struct sim *sim, struct sim_node *node)
     if (o->racks < 2 || !o->locality) {
         return;
     }
-    uint64_t *others = calloc(sim->count + o->others, sizeof *others);
+    uint64_t *others = calloc(sim->hosts + o->others, sizeof *others);
     if (!others) {
         abort();
     }
     size_t count = 0;
-    for (uint32_t i = node->rack; i < sim->count; i += o->racks) {
+    for (uint32_t i = node->rack; i < sim->hosts; i += o->racks) {
         if (i != node->id && node_live(sim, &sim->nodes[i])) {
             others[count++] = spread_rack_place("", i);
         }
@@ -209,9 +209,11 @@ void meet_looked(struct sim *sim, struct sim_node *node)
     if (!node->circle.place) {
         circle_draw_all(sim, node);
     }
-    uint32_t first = (uint32_t)(sim_random(sim) % sim->holder_count);
-    for (uint32_t i = 0; i < sim->holder_count && i < SIM_KNOWN_MAX; i++) {
-        learn(sim, node, sim->holders[(first + i) % sim->holder_count]);
+    struct sim_node **holders = sim->holders + (size_t)node->file * sim->hosts;
+    uint32_t count = sim->holder_count[node->file];
+    uint32_t first = (uint32_t)(sim_random(sim) % count);
+    for (uint32_t i = 0; i < count && i < SIM_KNOWN_MAX; i++) {
+        learn(sim, node, holders[(first + i) % count]);
     }
     choose(sim, node, SPREAD_NEIGHBOURS_FIRST);
 }

@@ -16,6 +16,7 @@
 #define SIM_MS            1000000ull
 #define SIM_KNOWN_MAX     128 /* engine/neighbours.h */
 #define SIM_ADVICE_MAX    16  /* engine/wire.h */
+#define SIM_FILES_AT_ONCE 64  /* fs/control_pull.c */
 #define SIM_PEERS_MAX     16
 #define SIM_RACKS_MAX     64
 #define SIM_LOCALITY      24
@@ -27,7 +28,8 @@
 
 struct sim_options {
     uint32_t nodes; /* that pull, beside the registrar */
-    uint64_t size;
+    uint32_t files; /* that each of them pulls at once */
+    uint64_t size;  /* of each */
     uint64_t shard_size;
     double rate;       /* of a node's link, each way, bytes/s */
     uint64_t latency;  /* one way, ns */
@@ -181,6 +183,18 @@ struct sim_wait {
     uint32_t shard;
 };
 
+/* What all files of a machine share. */
+struct sim_host {
+    struct sim_uplink up;
+    struct sim_pipe down;
+    struct slots slots;
+    uint64_t idle_ns;     /* when it has handled all messages so far */
+    uint32_t files_begun; /* the pulls of that many */
+    uint64_t begun_ns, progress_ns;
+    uint64_t starved_ns; /* the longest time without a shard */
+};
+
+/* A machine, as far as one file goes. */
 struct sim_node {
     /* Whoever hears of a shard needs what comes first here, and there are many of them. */
     bool alive;
@@ -207,13 +221,12 @@ struct sim_node {
     struct sim_source sources[SPREAD_NEIGHBOURS];
     struct sim_conn *conns[SPREAD_NEIGHBOURS]; /* the same ones */
 
-    uint32_t id;
+    uint32_t id; /* of the machine */
+    uint32_t file;
     uint32_t rack;
+    struct sim_host *host;
     char locality[SIM_LOCALITY];
     uint64_t stopped_ns; /* or dead */
-    struct sim_uplink up;
-    struct sim_pipe down;
-    uint64_t idle_ns; /* when it has handled all messages so far */
     /* it pulls */
     struct spread_rack circle;
     size_t known_count; /* at the last review */
@@ -223,10 +236,8 @@ struct sim_node {
     uint32_t twice; /* shards that came though they were here */
     uint64_t review_ns, look_ns, look_wait_ns;
     uint64_t progress_ns;
-    uint64_t begun_ns, done_ns;
-    uint64_t starved_ns; /* the longest time without a shard */
+    uint64_t done_ns;
     /* it holds */
-    struct slots slots;
     struct slots_book *book;
     struct sim_conn **followers;
     uint32_t follower_count, follower_room;
@@ -244,12 +255,14 @@ struct sim {
     uint64_t now_ns;
     uint64_t random;
     uint32_t shards;
-    struct sim_node *nodes; /* the first is the registrar */
+    uint32_t hosts;
+    struct sim_host *host;  /* the first is the registrar */
+    struct sim_node *nodes; /* all of the first file, and so on */
     uint32_t count;
     uint32_t left; /* nodes that live and pull */
     struct sim_pipe trunk_out[SIM_RACKS_MAX], trunk_in[SIM_RACKS_MAX];
-    struct sim_node **holders; /* as the catalog lists them */
-    uint32_t holder_count;
+    struct sim_node **holders; /* as the catalog lists them: `hosts` places for each file */
+    uint32_t *holder_count;
     struct sim_counters counters;
     void *pools;
 };
@@ -258,6 +271,8 @@ struct sim {
 uint64_t sim_random(struct sim *sim);
 void sim_random_skip(struct sim *sim, uint32_t steps); /* as if it had been called */
 uint64_t sim_shard_size(const struct sim *sim, uint32_t shard);
+void sim_next_file(struct sim *sim, const struct sim_node *node); /* of the same machine */
+void sim_announce(struct sim *sim, struct sim_node *node);        /* the catalog lists it */
 bool sim_has(const struct sim_node *node, uint32_t shard);
 void sim_at(struct sim *sim, uint64_t at_ns, enum sim_event kind, void *object, uint32_t generation,
             uint32_t shard);

@@ -32,6 +32,20 @@ uint64_t sim_shard_size(const struct sim *sim, uint32_t shard)
     return shard + 1 < sim->shards ? size : sim->options.size - size * (sim->shards - 1);
 }
 
+void sim_next_file(struct sim *sim, const struct sim_node *node)
+{
+    if (node->host->files_begun < sim->options.files) {
+        uint32_t file = node->host->files_begun++;
+        sim_at(sim, sim->now_ns, SIM_BEGIN, &sim->nodes[file * sim->hosts + node->id], 0, 0);
+    }
+}
+
+void sim_announce(struct sim *sim, struct sim_node *node)
+{
+    node->announced = true;
+    sim->holders[(size_t)node->file * sim->hosts + sim->holder_count[node->file]++] = node;
+}
+
 bool sim_has(const struct sim_node *node, uint32_t shard)
 {
     return node->have[shard / 64] >> (shard % 64) & 1;
@@ -52,8 +66,9 @@ void sim_send(struct sim *sim, struct sim_node *to, enum sim_event kind, void *o
               uint32_t generation)
 {
     uint64_t at = sim->now_ns + sim->options.latency;
-    at = (at > to->idle_ns ? at : to->idle_ns) + sim->options.message;
-    to->idle_ns = at;
+    uint64_t *idle_ns = &to->host->idle_ns;
+    at = (at > *idle_ns ? at : *idle_ns) + sim->options.message;
+    *idle_ns = at;
     sim->counters.messages++;
     sim_at(sim, at, kind, object, generation, 0);
 }
@@ -148,8 +163,8 @@ void sim_fill_over(struct sim *sim, struct sim_fill *fill)
 
 static void uploads_freeze(struct sim *sim, struct sim_node *node)
 {
-    while (node->up.uploads) {
-        links_stop(sim, node->up.uploads);
+    while (node->host->up.uploads) {
+        links_stop(sim, node->host->up.uploads);
     }
     for (struct sim_fill *fill = node->fills; fill; fill = fill->next) {
         links_stop(sim, fill);
@@ -161,9 +176,11 @@ static void node_left(struct sim *sim, struct sim_node *node)
     if (node->spread) {
         sim->left--;
     }
-    for (uint32_t i = 0; i < sim->holder_count; i++) { /* its lease ends; sooner than it would */
-        if (sim->holders[i] == node) {
-            sim->holders[i] = sim->holders[--sim->holder_count];
+    struct sim_node **holders = sim->holders + (size_t)node->file * sim->hosts;
+    uint32_t *count = &sim->holder_count[node->file];
+    for (uint32_t i = 0; i < *count; i++) { /* its lease ends; sooner than it would */
+        if (holders[i] == node) {
+            holders[i] = holders[--*count];
         }
     }
 }
@@ -194,18 +211,18 @@ static void node_die(struct sim *sim, struct sim_node *node)
 
 /* ---- the world ---- */
 
-static void node_init(struct sim *sim, uint32_t id)
+static void node_init(struct sim *sim, uint32_t file, uint32_t id)
 {
     const struct sim_options *o = &sim->options;
-    struct sim_node *node = &sim->nodes[id];
+    struct sim_node *node = &sim->nodes[file * sim->hosts + id];
     node->id = id;
+    node->file = file;
+    node->host = &sim->host[id];
     node->rack = id % o->racks;
     if (o->locality) {
         snprintf(node->locality, sizeof node->locality, "zone/rack%u", node->rack);
     }
     node->alive = true;
-    node->up.ns_per_byte = node->down.ns_per_byte = (double)SIM_NS / o->rate;
-    node->slots = slots_new();
     node->have = calloc(sim->shards / 64 + 1, sizeof *node->have);
     if (!node->have) {
         abort();
@@ -215,8 +232,7 @@ static void node_init(struct sim *sim, uint32_t id)
             node->have[k / 64] |= 1ull << (k % 64);
         }
         node->present = sim->shards;
-        node->announced = true;
-        sim->holders[sim->holder_count++] = node;
+        sim_announce(sim, node);
         sim_at(sim, SIM_TICK_NS, SIM_TICK, node, 0, 0);
         return;
     }
@@ -227,7 +243,14 @@ static void node_init(struct sim *sim, uint32_t id)
         abort();
     }
     node->window = spread_window_new(spread_width(sim->shards), SIM_LANE_CEILING);
-    sim_at(sim, random_below(sim, (double)o->spread_ns), SIM_BEGIN, node, 0, 0);
+    struct sim_host *host = node->host;
+    if (file == 0) {
+        host->begun_ns = host->progress_ns = random_below(sim, (double)o->spread_ns);
+    }
+    if (file < SIM_FILES_AT_ONCE) {
+        host->files_begun++;
+        sim_at(sim, host->begun_ns, SIM_BEGIN, node, 0, 0);
+    }
 }
 
 /* So many nodes of a kind, none of two kinds. */
@@ -239,7 +262,7 @@ static void fates_deal(struct sim *sim)
     uint32_t first = 1; /* the nodes are all alike, but racks take turns */
     for (int kind = 0; kind < 3; kind++) {
         uint32_t count = (uint32_t)(parts[kind] * o->nodes + 0.5);
-        for (uint32_t i = 0; i < count && first + i < sim->count; i++) {
+        for (uint32_t i = 0; i < count && first + i < sim->hosts; i++) {
             struct sim_node *node = &sim->nodes[first + i];
             if (kind == 2) {
                 node->liar = true;
@@ -260,20 +283,28 @@ struct sim *sim_open(const struct sim_options *options)
     sim->options = *options;
     sim->random = options->seed;
     sim->shards = (uint32_t)((options->size + options->shard_size - 1) / options->shard_size);
-    sim->count = options->nodes + 1;
-    sim->left = options->nodes;
+    sim->hosts = options->nodes + 1;
+    sim->count = sim->hosts * options->files;
+    sim->left = options->nodes * options->files;
     sim->pools = calloc(1, sizeof(struct pool));
+    sim->host = calloc(sim->hosts, sizeof *sim->host);
     sim->nodes = calloc(sim->count, sizeof *sim->nodes);
+    sim->holder_count = calloc(options->files, sizeof *sim->holder_count);
     sim->holders = calloc(sim->count, sizeof(struct sim_node *));
-    if (!sim->pools || !sim->nodes || !sim->holders) {
+    if (!sim->pools || !sim->host || !sim->nodes || !sim->holders || !sim->holder_count) {
         abort();
     }
-    double trunk_rate = options->rate * ((double)sim->count / options->racks) / options->trunk;
+    double trunk_rate = options->rate * ((double)sim->hosts / options->racks) / options->trunk;
     for (uint32_t i = 0; i < options->racks; i++) {
         sim->trunk_out[i].ns_per_byte = sim->trunk_in[i].ns_per_byte = (double)SIM_NS / trunk_rate;
     }
+    for (uint32_t i = 0; i < sim->hosts; i++) {
+        sim->host[i].up.ns_per_byte = sim->host[i].down.ns_per_byte =
+            (double)SIM_NS / options->rate;
+        sim->host[i].slots = slots_new();
+    }
     for (uint32_t i = 0; i < sim->count; i++) {
-        node_init(sim, i);
+        node_init(sim, i / sim->hosts, i % sim->hosts);
     }
     fates_deal(sim);
     return sim;
@@ -299,7 +330,9 @@ void sim_close(struct sim *sim)
     free(pool->fills);
     free(pool);
     queue_clear(&sim->queue);
+    free(sim->host);
     free(sim->nodes);
+    free(sim->holder_count);
     free(sim->holders);
     free(sim);
 }
@@ -309,7 +342,7 @@ void sim_close(struct sim *sim)
 static void node_begin(struct sim *sim, struct sim_node *node)
 {
     node->pulling = true;
-    node->begun_ns = node->progress_ns = sim->now_ns;
+    node->progress_ns = sim->now_ns;
     node->review_ns = sim->now_ns + SIM_REVIEW_NS;
     node->look_wait_ns = SIM_LOOK_FIRST_NS;
     node->look_ns = sim->now_ns + SIM_LOOK_FIRST_NS;
@@ -340,7 +373,7 @@ static void node_event(struct sim *sim, const struct event *event)
         }
         break;
     case SIM_SENT:
-        if (event->generation == node->up.generation) {
+        if (event->generation == node->host->up.generation) {
             links_sent(sim, node);
         }
         break;
