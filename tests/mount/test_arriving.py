@@ -59,7 +59,7 @@ def opener(path):
 
 @pytest.fixture
 def held(cluster):
-    """A node with open=wait, whose opens of "f" wait, because the only holder is stopped."""
+    """A node with open=wait, whose opens of "f" wait, because the only holder is stopped; until its lease has ended."""
     holder = cluster.node(name="holder")
     reader = cluster.node(name="reader", open="wait", read_timeout=600)
     holder.path("f").write_bytes(pattern(8 * MIB))
@@ -80,7 +80,7 @@ def test_an_open_waits_until_all_is_here_and_keeps_nobody_else(held):
             opened.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)[:] == pattern(8 * MIB))
 
     through = reader.status()["passthrough_opens"]
-    threads = [threading.Thread(target=opens) for _ in range(40)]  # more than there are workers
+    threads = [threading.Thread(target=opens) for _ in range(24)]  # more than there are workers
     for thread in threads:
         thread.start()
     waiting(reader, len(threads))

@@ -153,7 +153,7 @@ def test_one_is_stopped_and_goes_on(make_swarm, who):
     if who == "puller":
         finish(pulls, others)
     else:
-        time.sleep(2)  # less than read_timeout: nobody has to fail
+        time.sleep(1)  # less than its lease: nobody has to fail
     stopped.resume()
     hurry([stopped])
     finish(pulls, pullers)
