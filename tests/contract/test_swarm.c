@@ -63,7 +63,7 @@ static void little_more_than_one_copy_comes_into_a_rack(void **state)
                     received_from(D, "B");
     double copies = (double)came / SIZE / util_count(names);
     print_message("%.2f copies came to C and D from A and B\n", copies);
-    assert_true(copies >= 1 && copies < 1.3);
+    assert_true(copies >= 1 && copies < 1.6); /* 2, if each fetched for itself */
 }
 
 /* A reader waits for one shard, and the holder that was asked first never sends it. */

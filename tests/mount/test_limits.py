@@ -1,5 +1,5 @@
 # ctest: label=plain
-# ctest: timeout=400
+# ctest: timeout=1200
 """What a node has room for: the cache, memory, and the number of names."""
 
 import errno
@@ -295,7 +295,7 @@ def large_tree(tmp_path, sh):
     sh(f"umount -l {tree}")
 
 
-@pytest.mark.limit(200)
+@pytest.mark.limit(600)
 def test_a_hundred_thousand_names(cluster, large_tree):
     one = cluster.node()
     began = time.monotonic()
@@ -307,7 +307,7 @@ def test_a_hundred_thousand_names(cluster, large_tree):
     for node in (one, other):
         began = time.monotonic()
         done = subprocess.run(
-            ["ls", "-lR", node.dir], stdout=subprocess.PIPE, check=True, timeout=120
+            ["ls", "-lR", node.dir], stdout=subprocess.PIPE, check=True, timeout=300
         )
         print(f"ls -lR on {node.name} took {time.monotonic() - began:.1f} s")
         assert done.stdout.count(b"\n-rw") == 100_000
