@@ -17,7 +17,7 @@ from harness.network import Network  # noqa: E402
 from harness.node import Cluster  # noqa: E402
 from harness.watchdog import Watchdog  # noqa: E402
 
-LIMIT = 120  # seconds for a test without a mark of its own, on a plain build
+LIMIT = 200  # seconds for a test without a mark of its own, on a plain build
 
 _watchdog = None
 

@@ -93,7 +93,7 @@ class Frameworks:
             env["LD_LIBRARY_PATH"] = f"{LIB}/blas:{LIB}/lapack"
         return env
 
-    def run(self, *words, timeout=100):
+    def run(self, *words, timeout=150):
         """What it said; fails when it did."""
         done = subprocess.run(
             self.command(*words) if self.newer else list(map(str, words)),

@@ -131,12 +131,10 @@ def test_the_machines_torch_saves_and_loads(three, machine):
     told(machine, three, TORCH)
 
 
-@pytest.mark.limit(120)
 def test_torch_and_safetensors_save_and_load_in_every_way(three, newer):
     told(newer, three, NEWER)
 
 
-@pytest.mark.limit(120)
 def test_transformers_save_and_load_a_model(three, newer):
     told(newer, three, TRANSFORMERS)
 

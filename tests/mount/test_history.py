@@ -389,7 +389,6 @@ def play(nodes, seed, steps):
     return history
 
 
-@pytest.mark.limit(90)
 @pytest.mark.parametrize("run", range(1 if SEED else 2))
 def test_two_mounts_do_what_the_model_does(cluster, run):
     nodes = cluster.nodes(2)

@@ -44,7 +44,6 @@ def write(path):
 # -- a service without preconditions
 
 
-@pytest.mark.limit(100)
 def test_without_preconditions_names_are_read_and_nothing_is_changed(
     service, make_cluster, mounts
 ):
@@ -113,7 +112,6 @@ def test_what_is_not_ours_is_left_alone(service, make_cluster, mounts, value, sa
     assert service.ask("GET", STATE)[1] == value
 
 
-@pytest.mark.limit(100)
 def test_a_document_that_somebody_breaks_is_an_outage(service, make_cluster, mounts):
     a, b = make_cluster(service.url()).nodes(2)
     a.path("x").write_bytes(data.pattern(1 << 20))
@@ -132,7 +130,6 @@ def test_a_document_that_somebody_breaks_is_an_outage(service, make_cluster, mou
     assert names(a) == names(b) == ["x", "y"]
 
 
-@pytest.mark.limit(100)
 def test_names_whose_base_is_lost_are_written_again(service, make_cluster, mounts, tmp_path):
     cluster = make_cluster(service.url())
     a = cluster.node()
@@ -193,7 +190,6 @@ def front(service):
     server.server_close()
 
 
-@pytest.mark.limit(100)
 def test_bases_that_the_document_never_led_to_are_few_and_removed(
     front, service, make_cluster, mounts, tmp_path
 ):
@@ -220,7 +216,6 @@ def test_bases_that_the_document_never_led_to_are_few_and_removed(
     assert 1 <= made <= 4
 
 
-@pytest.mark.limit(100)
 def test_nodes_that_register_trees_at_once_all_come_through(service, make_cluster, mounts, tmp_path):
     nodes = make_cluster(service.url()).nodes(4)
     failed = []

@@ -390,7 +390,6 @@ def test_what_cp_registered_is_pulled_by_a_program(node, p2pstore, tmp_path):
         eventually(lambda: node.xattr("file", "replicas") == "2")
 
 
-@pytest.mark.limit(150)
 def test_a_state_dict_goes_to_four_inferencers(p2pstore):
     pytest.importorskip("torch")
     del p2pstore

@@ -102,7 +102,6 @@ def works(a, b, name):
     eventually(lambda: b.path(name).read_bytes() == b"registered after the outage")
 
 
-@pytest.mark.limit(150)
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_an_outage_costs_registrations_only(service, make_cluster, how):
     a, b = make_cluster(service.url()).nodes(2)
@@ -129,7 +128,6 @@ def test_an_outage_costs_registrations_only(service, make_cluster, how):
     assert [line for line in a.log.splitlines() if "answers again" in line]
 
 
-@pytest.mark.limit(150)
 def test_a_running_pull_ends_while_the_service_is_stopped(service, make_cluster, tmp_path):
     cluster = make_cluster(service.url())
     port = free_port()
@@ -156,7 +154,6 @@ def test_a_running_pull_ends_while_the_service_is_stopped(service, make_cluster,
     agree(a, b)
 
 
-@pytest.mark.limit(150)
 def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster):
     cluster = make_cluster(service.url())
     a, b = cluster.nodes(2)
@@ -178,7 +175,6 @@ def test_all_is_rebuilt_in_a_service_that_comes_back_empty(service, make_cluster
     eventually(lambda: not a.path("dir/f1").exists() and not c.path("dir/f1").exists())
 
 
-@pytest.mark.limit(150)
 def test_a_flush_of_redis_is_an_outage_too(mounts, make_cluster, tmp_path):
     service = KINDS["redis"](tmp_path / "service").start()
     try:
@@ -209,7 +205,6 @@ def live_peers(node):
     return {p["node"] for p in node.peers()["peers"] if p["live"]}
 
 
-@pytest.mark.limit(150)
 def test_a_node_cut_off_longer_than_its_lease_comes_back_by_itself(
     network, far_service, make_cluster
 ):
@@ -248,7 +243,6 @@ def test_a_node_cut_off_longer_than_its_lease_comes_back_by_itself(
     assert sorted(os.listdir(b.dir)) == ["new", *names]
 
 
-@pytest.mark.limit(150)
 def test_a_slow_service_delays_changes_only(service, make_cluster):
     link = Link(service.port)
     try:
@@ -265,7 +259,6 @@ def test_a_slow_service_delays_changes_only(service, make_cluster):
         link.close()
 
 
-@pytest.mark.limit(150)
 def test_changes_that_etcd_has_compacted_are_not_missed(mounts, make_cluster, tmp_path):
     service = KINDS["etcd"](tmp_path / "service").start()
     link = Link(service.port)
@@ -293,7 +286,6 @@ def test_changes_that_etcd_has_compacted_are_not_missed(mounts, make_cluster, tm
         service.kill()
 
 
-@pytest.mark.limit(150)
 def test_members_of_an_etcd_cluster_die_in_turn(mounts, make_cluster, tmp_path):
     members, url = etcd_cluster(tmp_path / "etcd", 3)
     try:
@@ -326,7 +318,6 @@ def test_members_of_an_etcd_cluster_die_in_turn(mounts, make_cluster, tmp_path):
             member.kill()
 
 
-@pytest.mark.limit(150)
 def test_a_replica_that_is_promoted_takes_over(mounts, make_cluster, tmp_path):
     primary = KINDS["redis"](tmp_path / "primary").start()
     replica = KINDS["redis"](
@@ -394,7 +385,6 @@ time_t time(time_t *out)
 """
 
 
-@pytest.mark.limit(120)
 def test_a_clock_that_jumps_by_an_hour_changes_nothing(service, make_cluster, tmp_path):
     if env.SANITIZE:
         pytest.skip("a preloaded library and a sanitizer do not go together")
@@ -429,7 +419,6 @@ def test_a_clock_that_jumps_by_an_hour_changes_nothing(service, make_cluster, tm
     assert not any("lease" in node.log for node in (a, b, c))
 
 
-@pytest.mark.limit(120)
 def test_last_seconds_that_redis_lost_are_written_again(mounts, make_cluster, tmp_path):
     service = KINDS["redis"](tmp_path / "service", ["--appendonly", "no"]).start()
     try:

@@ -66,7 +66,6 @@ def quickstart(tmp_path, *arguments, **environment):
     )
 
 
-@pytest.mark.limit(150)
 def test_quickstart_ends_with_all_done_and_leaves_nothing(mounts, tmp_path):
     before = fuse.mounts()
     done = quickstart(tmp_path, "--size", "100")
@@ -87,7 +86,6 @@ def test_quickstart_names_the_step_that_failed_and_leaves_nothing(mounts, tmp_pa
     assert os.listdir(tmp_path) == ["p2pfs"]
 
 
-@pytest.mark.limit(120)
 def test_bench_swarm_measures_hosts_with_links_of_their_own(mounts, tmp_path):
     for program in ("nsenter", "tc", "redis-server"):
         if shutil.which(program) is None:
@@ -114,7 +112,6 @@ def test_bench_swarm_measures_hosts_with_links_of_their_own(mounts, tmp_path):
     assert "p2pfs" in plot.read_text()
 
 
-@pytest.mark.limit(120)
 def test_bench_keeps_what_was_measured_before_and_draws_it(mounts, tmp_path):
     kept, drawn = tmp_path / "kept.json", tmp_path / "drawn.svg"
     build = env.BINARY.parents[1]

@@ -126,7 +126,6 @@ def flip_a_byte(node, size):
     raise AssertionError(f"{node.name} has no replica of {size} bytes")
 
 
-@pytest.mark.limit(180)
 def test_every_documented_metric_moves(make_cluster, tmp_path):
     service = Redis(tmp_path / "service").start()
     try:

@@ -88,7 +88,6 @@ def test_two_prefixes_do_not_see_each_other(service, make_cluster):
     assert a.peers()["peers"] == [] and b.peers()["peers"] == []
 
 
-@pytest.mark.limit(120)
 def test_a_tree_of_many_names_moves_at_once(service, make_cluster, tmp_path):
     a, b = make_cluster(service.url()).nodes(2)
     count = 2000 if service.name == "http" else 10000  # http has no room for more than 11,000
@@ -128,7 +127,6 @@ def announcements(service):
     return int(service.ask("XLEN", "p2pfs:feed:h").lstrip(":"))
 
 
-@pytest.mark.limit(120)
 def test_metadata_of_a_pull_does_not_grow_with_its_shards(make_cluster, mounts, tmp_path):
     service = Redis(tmp_path / "service").start()
     try:
