@@ -3,8 +3,9 @@
  *
  *   bench_raw BYTES
  *
- * A line on stdin, "STREAMS", is one run and answered by one line on stdout: seconds, CPU seconds of both ends. Memory
- * is made and touched once, so that every run finds it as the first did. Ends at the end of stdin. */
+ * A line on stdin, "STREAMS" or "STREAMS verify", is one run and answered by one line on stdout: seconds, CPU seconds of
+ * both ends. With "verify" the receiver digests what has come, as p2pfs does. Memory is made and touched once, so that
+ * every run finds it as the first did. Ends at the end of stdin. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -22,6 +23,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "engine/digest.h"
 #include "meta/base/util.h"
 #include "tests/bench/bench_memory.h"
 
@@ -37,6 +39,7 @@ struct stream {
 
 static uint64_t bytes;
 static int source;
+static bool verify;
 static uint8_t *source_map, *target_map;
 
 static void die(const char *what)
@@ -95,13 +98,23 @@ static void *stream_send(void *arg)
 static void *stream_receive(void *arg)
 {
     struct stream *s = arg;
+    struct digest_shard digest;
+    uint8_t out[MODEL_DIGEST_MAX];
+    if (digest_shard_begin(&digest, digest_by_kind(MODEL_XXH3), target_map + s->begin,
+                           s->end - s->begin) < 0)
+        die("memory");
     for (size_t at = s->begin; at < s->end;) {
         size_t left = s->end - at;
         ssize_t n = recv(s->fd, target_map + at, left < RECV_BYTES ? left : RECV_BYTES, 0);
         if (n <= 0)
             die("recv");
         at += (size_t)n;
+        if (verify)
+            digest_shard_advance(&digest, at - s->begin);
     }
+    if (verify)
+        digest_shard_finish(&digest, out);
+    digest_shard_clear(&digest);
     return NULL;
 }
 
@@ -195,6 +208,7 @@ int main(int argc, char **argv)
         unsigned count = (unsigned)strtoul(line, NULL, 10);
         if (count < 1 || count > STREAMS_MAX)
             die("a number of streams");
+        verify = strstr(line, "verify") != NULL;
         round_run(count);
     }
     return 0;
