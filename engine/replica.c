@@ -122,7 +122,7 @@ bool replica_here(struct replica *replica, uint64_t offset, uint64_t length)
     bool draft = replica->draft != NULL;
     pthread_mutex_unlock(&replica->lock);
     uint64_t size = replica->version.size;
-    if (draft || replica->inplace || length == 0 || offset >= size) {
+    if (draft || replica->inplace || length == 0 || offset >= size || replica_complete(replica)) {
         return true;
     }
     uint64_t end = length < size - offset ? offset + length : size;

@@ -79,12 +79,11 @@ static void held(const struct parked *parked, int status)
 bool hold_open(fuse_req_t req, struct house *house, struct handle *handle,
                const struct fuse_file_info *fi)
 {
-    const char *how = house->options.open;
-    bool always = strcmp(how, "wait") == 0;
-    if (strcmp(how, "stream") == 0 || handle->draft || replica_here(handle->replica, 0, UINT64_MAX))
+    enum options_open how = house->options.open;
+    if (how == OPTIONS_OPEN_STREAM || handle->draft || replica_here(handle->replica, 0, UINT64_MAX))
         return false;
     uint64_t size = replica_size(handle->replica), by_ns = 0;
-    if (!always) {
+    if (how == OPTIONS_OPEN_AUTO) {
         pid_t process = closer_process(fuse_req_ctx(req)->pid);
         bool again =
             process != 0 && opens_again(house->holds, replica_version(handle->replica), process);

@@ -188,10 +188,16 @@ static int set_fetch(struct options_parse *p)
 
 static int set_open(struct options_parse *p)
 {
-    if (strcmp(p->value, "stream") != 0 && strcmp(p->value, "wait") != 0 &&
-        strcmp(p->value, "auto") != 0)
-        return refuse(p->error, "open=%s: use stream, wait or auto", p->value);
-    return text_set(&p->out->open, p->value);
+    static const char *const names[] = {[OPTIONS_OPEN_AUTO] = "auto",
+                                        [OPTIONS_OPEN_STREAM] = "stream",
+                                        [OPTIONS_OPEN_WAIT] = "wait"};
+    for (unsigned k = 0; k < util_count(names); k++) {
+        if (strcmp(p->value, names[k]) == 0) {
+            p->out->open = k;
+            return 0;
+        }
+    }
+    return refuse(p->error, "open=%s: use stream, wait or auto", p->value);
 }
 
 static int set_seconds(struct options_parse *p, uint32_t least, uint32_t *to)
@@ -543,8 +549,7 @@ static int apply_defaults(struct options *out)
                             .log_level = LOG_INFO,
                             .gid_index = -1,
                             .default_permissions = true};
-    int rc = text_set(&out->transport, "auto");
-    return rc == 0 ? text_set(&out->open, "auto") : rc;
+    return text_set(&out->transport, "auto");
 }
 
 /* libfuse's own escapes: a comma in a value must not end it. */
@@ -614,7 +619,6 @@ void options_clear(struct options *options)
     free(options->device);
     free(options->nic_priority_matrix);
     free(options->cache_dir);
-    free(options->open);
     free(options->tcp_congestion);
     free(options->credentials);
     free(options->secret_file);

@@ -9,6 +9,9 @@
 #include "meta/base/log.h"
 #include "meta/model.h"
 
+/* What an open of a file waits for that is still arriving; see hold.h. */
+enum options_open { OPTIONS_OPEN_AUTO, OPTIONS_OPEN_STREAM, OPTIONS_OPEN_WAIT };
+
 /* Every string is owned; options_clear frees. */
 struct options {
     char *meta;       /* URL */
@@ -27,7 +30,7 @@ struct options {
     uint64_t cache_size;
     char *cache_dir;
     bool fetch_whole;
-    char *open; /* "stream", "wait" or "auto" */
+    enum options_open open;
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     char *tcp_congestion;

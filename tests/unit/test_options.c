@@ -77,7 +77,7 @@ static void every_value_lands(void **state)
     assert_int_equal(out.cache_size, 3ull << 30);
     assert_string_equal(out.cache_dir, "/var/cache");
     assert_false(out.fetch_whole);
-    assert_string_equal(out.open, "wait");
+    assert_int_equal(out.open, OPTIONS_OPEN_WAIT);
     assert_int_equal(out.read_timeout_s, 5);
     assert_int_equal(out.orphan_ttl_s, 0);
     assert_string_equal(out.tcp_congestion, "cubic");
