@@ -104,6 +104,6 @@ const struct cmd cmd_status = {
     .details = "PATH is the mount or any path below it; it may be left out inside a mount, or\n"
                "when there is only one.\n"
                "\n"
-               "  --json   one JSON object, the same as in .p2pfs/status.json\n",
+               "  --json   one JSON object, as .p2pfs/status.json, with the huge pages mapped\n",
     .run = run,
 };

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/storage.h"
 #include "fs/control_parts.h"
 #include "meta/base/log.h"
 #include "meta/base/util.h"
@@ -391,6 +392,7 @@ static void op_status(struct control_call *call)
 {
     control_good(call);
     control_status_put(call->control, call->answer);
+    json_put_u64(call->answer, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
     json_end(call->answer);
 }
 

@@ -3,7 +3,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "engine/storage.h"
 #include "engine/topology.h"
 #include "fs/control_parts.h"
 #include "fs/through.h"
@@ -76,7 +75,6 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_u64(out, "bytes_served", stats.bytes_served);
     json_put_text(out, "storage", stats.storage);
     json_put_text(out, "storage_why", stats.storage_why ? stats.storage_why : "");
-    json_put_u64(out, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
     if (stats.storage_node >= 0)
         json_put_u64(out, "storage_node", (uint64_t)stats.storage_node);
     json_put_u64(out, "reserve", stats.reserve);
