@@ -325,6 +325,7 @@ void fresh_stat(struct house *house, struct inode *inode, struct stat *out)
     uint64_t size = draft->replica == NULL ? 0 : fresh_size(house, draft->replica);
     mtime_look(draft);
     inode_stat_fill(INODE_FILE, inode->key.id, &draft->attr, size, draft->name != NULL, out);
+    out->st_blksize = INODE_BLOCK_DRAFT;
     pthread_mutex_unlock(&house->fresh->lock);
 }
 

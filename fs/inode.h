@@ -61,9 +61,11 @@ struct inode {
     UT_hash_handle hh;
 };
 
-/* st_blksize: cp writes in pieces of this size. A huge page of tmpfs that is written at once
- * need not be cleared before. */
-#define INODE_BLOCK (2u << 20)
+/* st_blksize: programs read in pieces of this size. torch reads one for each tensor that it maps, so that smaller is
+ * faster there, and cat slower. */
+#define INODE_BLOCK (1u << 20)
+/* The same of a draft: cp writes such pieces. A huge page of tmpfs that is written at once need not be cleared before. */
+#define INODE_BLOCK_DRAFT (2u << 20)
 
 /* root: owner and mode of the mount's own directory. */
 int inodes_open(struct catalog *catalog, const struct model_attr *root, struct inodes **inodes);
