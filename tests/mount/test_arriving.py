@@ -16,6 +16,7 @@ import threading
 import pytest
 
 from harness.data import pattern
+from harness.node import run_p2pfs
 from harness.wait import eventually
 
 MIB = 1 << 20
@@ -52,6 +53,35 @@ def opener(path):
     """A process that opens a file, and reads a byte of it."""
     code = "import os,sys;os.pread(os.open(sys.argv[1],os.O_RDONLY),1,0)"
     return subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE, text=True)
+
+
+def test_readers_of_other_files_go_on_while_64_wait(cluster):
+    """They wait for shards of a file that takes minutes to come; the others are answered by the mount's process too."""
+    slow, quick = cluster.node(shard_size="1M", max_upload="64K"), cluster.node()
+    reader = cluster.node(read_timeout=600)
+    piece, data = pattern(MIB, 1), pattern(8 * MIB, 2)
+    slow.path("slow").write_bytes(70 * piece)
+    quick.path("quick").write_bytes(data)
+    came = []
+    with open(appears(reader, "slow"), "rb") as stalled, open(appears(reader, "quick"), "rb", buffering=0) as file:
+
+        def reads(shard):
+            came.append(os.pread(stalled.fileno(), 4096, shard * MIB) == piece[:4096])
+
+        assert os.pread(file.fileno(), len(data), 0) == data
+        threads = [threading.Thread(target=reads, args=(shard,)) for shard in range(70)]
+        for thread in threads:
+            thread.start()
+        waiting(reader, 64)
+        for _ in range(8):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), len(data), 0) == data
+            assert reader.path("quick").read_bytes() == data
+        assert reader.status()["readers_waiting"] >= 64
+        run_p2pfs("limit", "--upload=0", slow.dir)
+        for thread in threads:
+            thread.join()
+    assert came == 70 * [True]
 
 
 # -- open=wait
@@ -203,7 +233,7 @@ def header_by_mapping(path):
 
 @pytest.fixture
 def shards(cluster):
-    """Two nodes, of whose files a shard has 4 MiB: Python reads 2 MiB at once, and the kernel ahead of it."""
+    """Two nodes, of whose files a shard has 4 MiB: Python reads 1 MiB at once, and the kernel ahead of it."""
     return cluster.node(shard_size="4M"), cluster.node()
 
 

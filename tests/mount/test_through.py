@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from harness.data import pattern
@@ -49,7 +50,7 @@ def mapped(file):
 
 
 def mapped_alone(path, size):
-    """A mapping without a descriptor beside it, which Python's mmap would keep; it stays for good."""
+    """A mapping without a descriptor beside it, which Python's mmap would keep; it stays until unmap()."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]
@@ -57,6 +58,11 @@ def mapped_alone(path, size):
         address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
     return (ctypes.c_char * size).from_address(address)
+
+
+def unmap(kept):
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.munmap(ctypes.c_void_p(ctypes.addressof(kept)), ctypes.c_size_t(len(kept))) == 0
 
 
 def test_complete_files_are_read_through_in_every_way(through, tmp_path):
@@ -153,6 +159,40 @@ def test_a_mapping_keeps_its_bytes_when_the_copy_is_evicted_and_the_memory_neede
     eventually(b.path("second").exists, what="second on b")
     assert b.path("second").read_bytes() == second
     assert kept.raw == first
+
+
+def file_held(node, size):
+    """The unnamed file of this size among those that the node holds open, as a path."""
+    for entry in Path(f"/proc/{node.pid}/fd").iterdir():
+        try:
+            if os.stat(entry).st_size == size and os.readlink(entry).endswith(" (deleted)"):
+                return entry
+        except OSError:
+            pass  # closed meanwhile
+    raise AssertionError(f"{node.name} holds no file of {size} bytes")
+
+
+def test_memory_comes_back_when_the_last_mapping_goes(through):
+    a, b = through
+    if b.status()["storage"] != "huge tmpfs":
+        pytest.skip("replicas do not lie on a tmpfs of the node's own")
+    data = pattern(SIZE, 11)
+    a.path("f").write_bytes(data)
+    a.path("other").write_bytes(pattern(MIB + 77))
+    for name in ("f", "other"):
+        run_p2pfs("pull", b.path(name))
+    other = file_held(b, MIB + 77)  # tells how full the tmpfs is on which both lie
+
+    def taken():
+        room = os.statvfs(other)
+        return (room.f_blocks - room.f_bfree) * room.f_frsize
+
+    kept = mapped_alone(b.path("f"), SIZE)
+    run_p2pfs("evict", b.path("f"))
+    assert kept.raw == data
+    assert taken() >= SIZE
+    unmap(kept)
+    eventually(lambda: taken() < SIZE, what="its memory comes back")
 
 
 def test_a_mapping_outlives_a_killed_daemon(through):
