@@ -78,6 +78,16 @@ def cpu_of(pid):
     return sum(int(task.read_text(encoding="ascii").split()[0]) for task in tasks) / 1e9
 
 
+def cpu_of_reading(node, path):
+    """The same, while somebody reads a file: opening it and closing it are requests to that process, reading is not."""
+    room = bytearray(MIB)
+    with open(path, "rb", buffering=0) as file:
+        before = cpu_of(node.pid)
+        while file.readinto(room):
+            pass
+        return cpu_of(node.pid) - before
+
+
 def taken_bytes():
     """Of this machine's memory by programs, files in memory and the page cache."""
     table = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -128,9 +138,7 @@ def read(bench):
                 if http:
                     result["rclone", "dd"] = dd(bench, http.file(0))
                     (result["rclone", "shared"],) = read_each(bench, "shared", [http.file(0)])
-                before = cpu_of(node.pid)
-                dd(bench, places["mount"])
-                result["cpu"] = cpu_of(node.pid) - before
+                result["cpu"] = cpu_of_reading(node, places["mount"])
             result["memory"] = read_by_eight(bench, node.path("file"))
             return watch.others, result
 
@@ -145,7 +153,7 @@ def read(bench):
             for how, what in (("dd", "dd bs=1M"), ("shared", "mmap, sum, shared")):
                 bench.add_beside("read", f"rclone mount, all in its cache: {what} (of the same on huge)", results,
                                  ("rclone", how), (how, "huge"))  # fmt: skip
-        bench.table.add("read", "CPU of the mount's process while dd reads the complete file",
+        bench.table.add("read", "CPU of the mount's process while the complete file, once open, is read",
                         [1000 * r["cpu"] for r in results], "ms", goal="0")  # fmt: skip
         added = [result["memory"] for result in results]
         bench.table.add("read", "memory that 8 readers by mmap add", [value / 1e6 for value in added], "MB",
@@ -219,11 +227,12 @@ def arrive(bench):
     cluster = bench.cluster()
     source, disk, http = bench.source(bench.size), bench.home / "fetched", None
     try:
-        a, b = cluster.node("a"), cluster.node("b")
+        a, b, c = cluster.node("a"), cluster.node("b"), cluster.node("c", open="wait")
         shutil.copyfile(source, a.path("file"))
-        path = b.path("file")
-        eventually(path.exists, 5, "the second node sees the file")
-        pids = [a.pid, b.pid]
+        path, waits = b.path("file"), c.path("file")
+        for other in (path, waits):
+            eventually(other.exists, 5, "the other nodes see the file")
+        pids = [a.pid, b.pid, c.pid]
         if not missing("nginx", "rclone", "curl"):
             http = Http(bench.home, source, 4 * bench.options.rounds + 1)
             pids += http.pids()
@@ -239,14 +248,18 @@ def arrive(bench):
 
         def once():
             result = {}
-            ways = {"pull": lambda: run_p2pfs("pull", path), "cat": lambda: cat(path)}
+            ways = {"pull": lambda: run_p2pfs("pull", path), "cat": lambda: cat(path), "wait": lambda: cat(waits)}
             if http:
                 ways |= {"http": fetched, "rclone": lambda: cat(http.file(next(names)))}
             with bench.watch(pids) as watch:
                 for way in turned(next(turns), ways):
-                    eventually(lambda: bench.evicted(path), 30, "the copy is evicted")
+                    for copy in (path, waits):
+                        eventually(lambda copy=copy: bench.evicted(copy), 30, "the copy is evicted")
                     bench.warm(bench.size)
-                    result[way] = bench.size / 1e9 / timed(ways[way])
+                    seconds = timed(ways[way])
+                    result[way] = bench.size / 1e9 / seconds
+                    if way == "pull":
+                        result["then"] = bench.size / 1e9 / (seconds + timed(lambda: cat(path)))
                     disk.unlink(missing_ok=True)
             return watch.others, result
 
@@ -255,6 +268,8 @@ def arrive(bench):
         bench.table.add("arrive", "p2pfs pull", [r["pull"] for r in results], "GB/s", note=note)
         for key, what, goal in (
             ("cat", "cat of a file that is not here yet (of p2pfs pull)", ">= 0.90"),
+            ("wait", "the same with open=wait", None),
+            ("then", "p2pfs pull, and cat when it is complete", None),
             ("http", "curl from nginx to the disk, then cat", None),
             ("rclone", "cat of it in an rclone mount of nginx", None),
         ):
