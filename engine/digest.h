@@ -13,7 +13,7 @@
 
 #include "meta/model.h"
 
-#define DIGEST_LEAF (512u << 10)
+#define DIGEST_LEAF (1u << 20)
 
 struct digest_ops {
     const char *name; /* "xxh3", "sha256" */

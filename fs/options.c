@@ -162,7 +162,7 @@ static int set_shard_size(struct options_parse *p)
 static int set_cache_size(struct options_parse *p)
 {
     uint64_t size = 0;
-    if (util_size_parse(p->value, memory_limit(), &size) != 0 || size < (1u << 20))
+    if (util_size_parse(p->value, memory_limit(), &size) != 0 || size < MODEL_AUTO_MIN)
         return refuse(
             p->error,
             "cache_size=%s: not a size; write bytes (K, M, G, T), at least 1M, or N%% of memory",

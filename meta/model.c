@@ -92,10 +92,9 @@ int model_version_copy(struct model_version *to, const struct model_version *fro
 
 uint32_t model_shard_auto(uint64_t size)
 {
-    /* What is handed on from node to node is a shard, so their number decides how soon a swarm's links are full, and
-     * how much is left for the end: with so many some 2 % of a pull. Whole leaves of a digest; rounded up. */
+    /* Whole MiB, so that the leaves of a digest are whole too; rounded up, so that 256 suffice. */
     const uint64_t step = MODEL_AUTO_MIN;
-    uint64_t share = size / 1024 + (size % 1024 != 0);
+    uint64_t share = size / 256 + (size % 256 != 0);
     if (share > MODEL_AUTO_MAX - step)
         return MODEL_AUTO_MAX;
     share = (share + step - 1) / step * step;

@@ -18,7 +18,7 @@
 #define MODEL_SHARD_MIN   (64u << 10) /* smallest shard_size= that is accepted */
 #define MODEL_SHARD_MAX   (1u << 30)  /* largest */
 #define MODEL_SHARD_STEP  4096u       /* a shard size is a multiple of this */
-#define MODEL_AUTO_MIN    (1u << 19)  /* shard_size=auto: size / 1024 within these */
+#define MODEL_AUTO_MIN    (1u << 20)  /* shard_size=auto: size / 256 within these */
 #define MODEL_AUTO_MAX    (64u << 20)
 #define MODEL_SIZE_MAX    (1ull << 45) /* 32 TiB a file, so that a shard map stays below 64 KiB */
 #define MODEL_SHARDS_MAX  (1u << 22)   /* shards of a file, so that its map stays below 512 KiB */

@@ -73,7 +73,7 @@ def first(bench):
             bench.source(size).unlink()
     for (size, when), values in times.items():
         words = {"mounted": "first of a mount", "later": "a later file"}[when]
-        bench.table.add("first", f"first 4 KiB of {size // MIB} MiB (shards of {max(size / 1024, MIB / 2) / MIB:g}), {words}",
+        bench.table.add("first", f"first 4 KiB of {size // MIB} MiB (shards of {size // MIB // 256 or 1}), {words}",
                         values, "ms", goal="< 10")  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def test_info_says_all(two, source):
     info = answer(a, "info", "m")
     assert info["kind"] == "file" and info["size"] == 5 * MIB + 17 and info["mode"] == "0644"
     assert info["state"] == "complete" and info["resident"] == info["size"]
-    assert info["shards"] == info["shards_present"] == 11 and info["shard_size"] == MIB // 2
+    assert info["shards"] == info["shards_present"] == 6 and info["shard_size"] == MIB
     assert re.fullmatch(r"xxh3:[0-9a-f]{32}", info["digest"]) and info["sealed"]
     assert info["origin_node"] == a.name and "origin_path" not in info
     assert info["names"] == 1 and info["replicas"] == 1 and info["complete"] == 1
@@ -468,7 +468,7 @@ def test_peers_count_what_moved(two, source):
     size = 5 * MIB + 17
     [peer] = answer(b, "peers", "")["peers"]
     assert peer["node"] == a.name and peer["live"] and peer["received"] == size
-    assert peer["verified"] == 11 and peer["corrupt"] == 0
+    assert peer["verified"] == 6 and peer["corrupt"] == 0
     assert peer["address"] == a.status()["address"]
     [peer] = eventually(lambda: [p for p in a.peers()["peers"] if p["sent"] == size])
     assert peer["node"] == b.name
@@ -496,7 +496,7 @@ def test_metrics_are_prometheus_text(two, source):
         assert name.startswith("p2pfs_")
         assert name.endswith("_total") == (kind == "counter"), name
     assert samples["p2pfs_received_bytes_total"] == 5 * MIB + 17
-    assert samples["p2pfs_shards_fetched_total"] == 11
+    assert samples["p2pfs_shards_fetched_total"] == 6
     assert samples["p2pfs_files"] == 1 and samples["p2pfs_peers_live"] == 1
     assert samples[f'p2pfs_peer_received_bytes_total{{peer="{a.name}"}}'] == 5 * MIB + 17
 

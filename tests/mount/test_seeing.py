@@ -272,7 +272,7 @@ def test_why_tells_from_whom_each_shard_came(three):
     d.cli("pull", "f")
     why = json.loads(d.cli("why", "--json", "f").stdout)
     shards = why["shards"]
-    assert shards == 49 and why["shards_present"] == why["shards_pulled"] == shards
+    assert shards == 25 and why["shards_present"] == why["shards_pulled"] == shards
     assert [one["shard"] for one in why["each"]] == list(range(shards))
     assert why["bytes_pulled"] == why["size"] == 24 * MIB + 5
     assert {one["node"] for one in why["each"]} <= {a.name, b.name}
@@ -284,7 +284,7 @@ def test_why_tells_from_whom_each_shard_came(three):
             assert abs(row[key] - sum(one[key] for one in mine)) < 1e-6
     assert 0 < len(why["slowest"]) <= 5
     text = d.cli("why", "f").stdout
-    assert text.startswith("f: 49 of 49 shards are here, 49 were pulled: 24.0 MiB in ")
+    assert text.startswith("f: 25 of 25 shards are here, 25 were pulled: 24.0 MiB in ")
     assert re.search(rf"^({a.name}|{b.name}) +tcp +\d+ ", text, re.MULTILINE)
 
     assert "no shard of it was pulled" in a.cli("why", "f").stdout
@@ -301,7 +301,7 @@ def test_peers_tells_how_well_each_does(three):
     d.cli("pull", "f")
     peers = {peer["node"]: peer for peer in d.peers()["peers"]}
     assert sum(peer["received"] for peer in peers.values()) == 24 * MIB + 5
-    assert sum(peer["verified"] for peer in peers.values()) == 49
+    assert sum(peer["verified"] for peer in peers.values()) == 25
     eventually(lambda: any(peer["rate_down"] for peer in d.peers()["peers"]))
     for peer in peers.values():
         assert peer["transport"] in ("tcp", "") and peer["address"] and peer["live"]
@@ -327,7 +327,7 @@ def test_top_shows_progress(three):
     assert re.search(rf"^{a.name} +\S+ \S+/s ", text, re.MULTILINE)
     frames = json.loads(d.cli("top", "--once", "--json", "").stdout)
     [pull] = frames["pulls"]
-    assert pull["name"] == "f" and pull["shards"] == 49 and pull["whole"]
+    assert pull["name"] == "f" and pull["shards"] == 25 and pull["whole"]
 
     follow = subprocess.Popen(
         [BINARY, "top", "--json", "--interval=0.1", d.dir], stdout=subprocess.PIPE, text=True

@@ -461,8 +461,8 @@ def test_extended_attributes(node):
     values = {name: node.xattr("f", name.removeprefix("user.p2pfs.")) for name in names}
     assert len(values["user.p2pfs.version"]) == 32
     assert values["user.p2pfs.digest"].startswith("xxh3:") and len(values["user.p2pfs.digest"]) == 37
-    assert values["user.p2pfs.shard_size"] == str(MIB // 2)
-    assert values["user.p2pfs.shards"] == "6"
+    assert values["user.p2pfs.shard_size"] == str(MIB)
+    assert values["user.p2pfs.shards"] == "3"
     assert values["user.p2pfs.resident"] == str(3 * MIB)
     assert values["user.p2pfs.replicas"] == "1"
     assert values["user.p2pfs.pinned"] == "0"

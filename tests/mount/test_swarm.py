@@ -19,7 +19,7 @@ from harness.wait import eventually
 from harness.wire import Spoiler
 
 MIB = 1 << 20
-SIZE = 48 * MIB  # shards of 512 KiB
+SIZE = 48 * MIB  # shards of 1 MiB
 GAUGES = ("grants_open", "readers_waiting", "pulls_running")
 RATE = "24M"  # bytes/s that each node uploads
 SLOW = "6M"  # while something is to happen in the middle of it
