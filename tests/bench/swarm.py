@@ -350,6 +350,7 @@ class P2pfs(Method):
     """`p2pfs pull` on all mounts at once."""
 
     programs = ("redis-server",)
+    shard_size = "512K"  # a shard is passed on when it is whole: what slow links and files of this size want
 
     def __init__(self, *words):
         super().__init__(*words)
@@ -361,7 +362,8 @@ class P2pfs(Method):
         self.listening("service", SERVICE, 6379)
         for host in range(self.hosts):
             listen = f"{self.net.address(host)}:7400"
-            self.mounts.append(_Mount(f"h{host}", f"redis://{SERVICE}:6379", self.home, listen=listen))
+            self.mounts.append(_Mount(f"h{host}", f"redis://{SERVICE}:6379", self.home, listen=listen,
+                                      shard_size=self.shard_size))  # fmt: skip
         for mount in self.mounts:
             mount.start(wait=False)
         for mount in self.mounts:
