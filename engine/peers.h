@@ -6,7 +6,6 @@
 #include <uthash.h>
 
 #include "engine/engine.h"
-#include "engine/slots.h"
 
 /* Lives as long as the table. */
 struct peer {
@@ -30,7 +29,6 @@ struct peer {
     atomic_uint strikes;            /* corrupt shards in a row */
     _Atomic uint64_t quarantined_until_ns;
     _Atomic uint64_t yield_ns; /* its links' (transport.h) */
-    struct slots_peer slots;   /* of all its links and files; the engine's slots_lock */
 };
 
 struct peers;

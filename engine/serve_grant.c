@@ -42,7 +42,7 @@ void grant_overdue(struct session *s, struct grant *grant)
     pthread_mutex_lock(&engine->slots_lock);
     /* What waits behind it waits for as long as its peer stands still. */
     bool overdue = grant->ask.state == SLOTS_OVERDUE ||
-                   (grant->ask.state == SLOTS_WAITING && s->peer->slots.overdue > 0);
+                   (grant->ask.state == SLOTS_WAITING && s->slots.overdue > 0);
     pthread_mutex_unlock(&engine->slots_lock);
     if (overdue) {
         promise_end(s, grant, false);
@@ -358,7 +358,7 @@ static bool slot_ask(struct session *s, struct grant *grant)
 {
     struct engine *engine = s->lane->engine;
     pthread_mutex_lock(&engine->slots_lock);
-    bool queued = slots_ask(&engine->slots, &s->peer->slots, &grant->ask);
+    bool queued = slots_ask(&engine->slots, &s->slots, &grant->ask);
     pthread_mutex_unlock(&engine->slots_lock);
     return queued;
 }

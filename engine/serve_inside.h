@@ -61,8 +61,9 @@ struct session {
     uint32_t mark; /* tells it apart in the books of versions */
     uint8_t nonce_puller[WIRE_NONCE];
     uint8_t nonce_holder[WIRE_NONCE];
-    struct follow *follows; /* uthash by handle */
-    struct grant *grants;   /* uthash by request */
+    struct follow *follows;  /* uthash by handle */
+    struct grant *grants;    /* uthash by request */
+    struct slots_peer slots; /* engine->slots_lock */
     struct session *prev, *next;
 };
 

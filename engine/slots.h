@@ -5,10 +5,10 @@
  * Slots: one for each shard that is granted and not done, over all links of the node. Their number follows the time
  * that shards take: spread_width() on a link that is full, many where shards come and go in milliseconds. A node that
  * was idle begins with very few: the first shards of a version are what everybody waits for. Asks beyond them wait in a
- * short queue per peer, whatever its links and files; a free slot goes to the peer that has the fewest, then to the one
- * that is furthest behind with the version, so that all end together, then to the one that waited longest; readers' asks
- * go before background. A grant that takes far longer than usual no longer counts, and who has several of them gets no
- * more, so slow and stopped peers cannot hold what others need.
+ * short queue per peer; a free slot goes to the peer that has the fewest, then to the one that is furthest behind with
+ * the version, so that all end together, then to the one that waited longest; readers' asks go before background. A
+ * grant that takes far longer than usual no longer counts, and who has several of them gets no more, so slow and stopped
+ * peers cannot hold what others need.
  *
  *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
  *
@@ -23,7 +23,7 @@
 #define SLOTS_START        2 /* after having been idle; one more with each that is done */
 #define SLOTS_CEILING      64
 #define SLOTS_TRICKLE_NS   1000000000ull
-#define SLOTS_WAITING_PEER 256  /* asks of one peer in the queue, */
+#define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue, */
 #define SLOTS_WAITING_NODE 8192 /* and of all; who has none there may always have one */
 #define SLOTS_OVERDUE_PEER 4    /* grants of one peer that no longer count; it gets no more then */
 #define SLOTS_OVERDUE_MAX  1024 /* of all peers; who has one gets no more then, and others do */
