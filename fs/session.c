@@ -107,6 +107,9 @@ int session_serve(struct house *house)
     signals_heed(SIG_BLOCK);
     fuse_loop_cfg_destroy(config);
     fuse_remove_signal_handlers(house->session);
+    /* Aborted when files alone kept it, as after umount -l: it was unmounted before. */
+    if (rc == -ECONNABORTED && mountpoint_device(house->mountpoint) != house->dev)
+        rc = 0;
     return rc < 0 ? rc : 0; /* positive: the signal that ended it */
 }
 
