@@ -6,6 +6,7 @@
 #include <string.h>
 #include <utlist.h>
 
+#include "engine/better.h"
 #include "engine/fast.h"
 #include "engine/handshake.h"
 #include "engine/spread.h"
@@ -18,7 +19,6 @@
 #define SUPPLIER_PING_NS          1000000000ull
 #define SUPPLIER_SILENT_NS        8000000000ull
 #define SUPPLIER_BACKOFF_FIRST_MS 100
-#define SUPPLIER_DRAIN_NS         2000000000ull /* for what is under way when RDMA is back */
 #define SUPPLIER_BACKOFF_LAST_MS  5000
 
 enum supplier_state {
@@ -34,10 +34,8 @@ struct supplier {
     struct peer *peer;
     struct model_node node;
     enum supplier_state state;
-    struct link *link; /* NULL when IDLE */
-    struct link
-        *better; /* READY by TCP, and RDMA is tried beside it: replaces the link once it is made */
-    uint64_t better_ns; /* when that was; 0: not yet */
+    struct link *link;    /* NULL when IDLE */
+    struct better better; /* while READY by TCP */
     uint8_t nonce[WIRE_NONCE];
     uint32_t next_handle;
     uint32_t next_request;
@@ -171,18 +169,9 @@ static void connect_now(struct supplier *s)
     s->state = SUPPLIER_CONNECTING;
 }
 
-static void better_end(struct supplier *s)
-{
-    if (s->better) {
-        s->better->transport->ops->shut(s->better);
-    }
-    s->better = NULL;
-    s->better_ns = 0;
-}
-
 static void link_end(struct supplier *s, int error)
 {
-    better_end(s);
+    better_end(&s->better);
     if (!s->link) {
         return;
     }
@@ -251,8 +240,8 @@ static void greeting_send(struct supplier *s, const struct wire_message *message
 void supplier_connected(struct link *link)
 {
     struct supplier *s = link->user;
-    if (link == s->better) {
-        s->better_ns = loop_now_ns(s->lane->loop);
+    if (link == s->better.link) {
+        s->better.made_ns = loop_now_ns(s->lane->loop);
         return;
     }
     struct engine *engine = s->lane->engine;
@@ -269,25 +258,15 @@ void supplier_connected(struct link *link)
     greeting_send(s, &hello);
 }
 
-/* A peer that RDMA failed with, or that began to offer it, is not left to TCP for as long as pulls keep that link busy. */
 static void better_look(struct supplier *s, uint64_t now)
 {
-    struct transport *fast = s->lane->fast;
-    if (!s->better) {
-        bool wanted = s->attachments && fast && s->link->transport != fast &&
-                      fast_may(s->lane->engine, s->peer, &s->node);
-        if (wanted &&
-            fast->ops->connect(fast, s->node.rdma, SUPPLIER_CONNECT_MS, s, &s->better) < 0) {
-            s->better = NULL;
-            peer_rdma_failed(s->peer, "no connection can be begun", true);
-        }
+    if (!s->better.link && s->attachments && s->link->transport != s->lane->fast) {
+        better_try(&s->better, s->lane, s->peer, &s->node, SUPPLIER_CONNECT_MS, s);
+    }
+    if (!better_due(&s->better, s->requests != NULL, now)) {
         return;
     }
-    if (!s->better_ns || (s->requests && now - s->better_ns < SUPPLIER_DRAIN_NS)) {
-        return;
-    }
-    struct link *better = s->better;
-    s->better = NULL;
+    struct link *better = better_take(&s->better);
     s->retry_ns = UINT64_MAX; /* nobody who hears of the old link's end begins another */
     link_end(s, -ECONNABORTED);
     s->retry_ns = 0;
@@ -299,9 +278,8 @@ static void better_look(struct supplier *s, uint64_t now)
 void supplier_down(struct link *link, int error, const char *reason)
 {
     struct supplier *s = link->user;
-    if (link == s->better) {
-        better_end(s);
-        peer_rdma_failed(s->peer, reason, true);
+    if (link == s->better.link) {
+        better_fail(&s->better, s->peer, reason);
         return;
     }
     link_fail(s, error < 0 ? error : -ECONNRESET, reason);
@@ -402,7 +380,7 @@ int supplier_ask(struct attachment *attachment, struct request *request)
     if (s->state != SUPPLIER_READY || !attachment->handle) {
         return -ENOTCONN;
     }
-    if (s->better_ns) {
+    if (s->better.made_ns) {
         return -EAGAIN; /* of the link that comes */
     }
     if (s->next_request == 0) {
@@ -607,7 +585,7 @@ static void busy(struct supplier *s, const struct wire_message *message)
 void supplier_message(struct link *link, const void *bytes, size_t length)
 {
     struct supplier *s = link->user;
-    if (link == s->better) {
+    if (link == s->better.link) {
         supplier_down(link, -EPROTO, "it spoke before it was greeted");
         return;
     }
