@@ -253,10 +253,9 @@ static int fill_take(struct fill *fill)
     struct replica *replica = pull->replica;
     uint64_t took = now_of(fill) - fill->granted_ns;
     spread_window_took(&pull->window, took);
-    pull->usual_ns = pull->usual_ns ? (pull->usual_ns * 7 + took) / 8 : took;
+    pull->usual_ns = spread_usual(pull->usual_ns, took);
     if (!fill->source->far) {
-        uint64_t passed = now_of(fill) - fill->asked_ns;
-        pull->passed_ns = pull->passed_ns ? (pull->passed_ns * 7 + passed) / 8 : passed;
+        pull->passed_ns = spread_usual(pull->passed_ns, now_of(fill) - fill->asked_ns);
         spread_reach_near(&pull->reach);
     }
     source_praise(fill->source);

@@ -127,7 +127,7 @@ static uint64_t overdue_ns(const struct slots *slots)
 static void done_in(struct slots *slots, uint64_t took)
 {
     spread_window_took(&slots->window, took);
-    slots->usual_ns = slots->usual_ns ? (slots->usual_ns * 7 + took) / 8 : took;
+    slots->usual_ns = spread_usual(slots->usual_ns, took);
 }
 
 void slots_end(struct slots *slots, struct slots_ask *ask, uint64_t now_ns, bool done)

@@ -486,6 +486,11 @@ uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uin
     return (uint32_t)(delay - (delay / 4 ? random % (delay / 4) : 0));
 }
 
+uint64_t spread_usual(uint64_t usual_ns, uint64_t took_ns)
+{
+    return usual_ns ? (usual_ns * 7 + took_ns) / 8 : took_ns;
+}
+
 uint32_t spread_hedge_budget(uint32_t shards)
 {
     return 2 + shards / 50;

@@ -148,6 +148,8 @@ size_t spread_neighbour_drop(const struct spread_neighbour *neighbours, size_t c
 
 /* ---- patience ---- */
 
+/* What one usually takes, now that another has taken so long, which counts an eighth. 0: not known yet. */
+uint64_t spread_usual(uint64_t usual_ns, uint64_t took_ns);
 /* Milliseconds to leave a source alone after its n-th failure in a row (n >= 1): doubles from `first`, at most `last`,
  * less up to a quarter by `random` so that pullers do not come back together. */
 uint32_t spread_backoff_ms(uint32_t failures, uint32_t first, uint32_t last, uint64_t random);

@@ -333,7 +333,7 @@ static int run(int argc, char **argv)
         fputs(text ? text : "", stdout);
     }
     if (doctor.stops)
-        cmd_error("a mount would not work on this machine; the remedies stand above");
+        cmd_error("what is marked STOP has to be mended; the remedies stand above");
     return doctor.stops;
 }
 
@@ -345,7 +345,7 @@ const struct cmd cmd_doctor = {
         "Looks at /dev/fuse, fusermount3, the kernel, libfuse, limits, huge pages, io_uring, TCP,\n"
         "RDMA devices with their ports, addresses and MTU, at p2pfs mounts that do not answer, and\n"
         "whether the other nodes of those that do accept connections from here. Exit status 1 when\n"
-        "something would keep a mount from working.\n"
+        "something would keep a mount from working, or a live node is reached in no way.\n"
         "\n"
         "  --json   one JSON object with all findings\n",
     .run = run,

@@ -68,7 +68,7 @@ int control_render(struct control *control, enum control_file file, char **text,
     switch (file) {
     case CONTROL_STATUS:
         json_object(&out, NULL);
-        control_status_put(control, &out);
+        control_status_put(control, &out, false);
         json_end(&out);
         *text = json_take(&out, length);
         break;
@@ -391,8 +391,7 @@ int control_wait_end(struct control_wait *wait, int started)
 static void op_status(struct control_call *call)
 {
     control_good(call);
-    control_status_put(call->control, call->answer);
-    json_put_u64(call->answer, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
+    control_status_put(call->control, call->answer, true);
     json_end(call->answer);
 }
 

@@ -11,7 +11,7 @@
 #include "meta/base/log.h"
 #include "meta/base/util.h"
 
-#define LINGER_MS      200
+#define LINGER_MS      1000
 #define LINGER_LOOK_MS 5
 
 /* ---- limits ---- */
@@ -312,8 +312,9 @@ struct sweep {
     int (*one)(struct sweep *sweep, const struct model_id *version);
     bool force;
     uint64_t files, bytes, touched, failed, inplace;
-    bool open, pulled; /* what refused to be evicted is so here */
-    int error;         /* the first, and whose it was */
+    bool open, pulled;    /* what refused to be evicted is so here */
+    unsigned lingered_ms; /* waited for that, over all files */
+    int error;            /* the first, and whose it was */
     char path[MODEL_PATH_MAX + 1];
 };
 
@@ -343,15 +344,19 @@ static int evict_once(struct sweep *sweep, const struct model_id *version)
     return control_wait_end(wait, rc);
 }
 
-/* A pull that has ended holds its file for a moment longer. */
-static bool pull_lingers(const struct control *control, unsigned waited_ms)
+/* A pull that has ended holds its file for a moment longer, and the kernel tells of a close after it. */
+static bool lingers(struct sweep *sweep, const struct model_id *version)
 {
+    struct engine *engine = sweep->call->control->house->engine;
+    struct engine_info info = {.open = 0};
     struct engine_stats stats;
-    engine_stats(control->house->engine, &stats);
-    if (stats.pulls_running == 0 || waited_ms >= LINGER_MS)
+    engine_info(engine, version, &info);
+    engine_stats(engine, &stats);
+    if ((stats.pulls_running == 0 && info.open == 0) || sweep->lingered_ms >= LINGER_MS)
         return false;
     struct timespec pause = {.tv_nsec = LINGER_LOOK_MS * 1000000L};
     nanosleep(&pause, NULL);
+    sweep->lingered_ms += LINGER_LOOK_MS;
     return true;
 }
 
@@ -365,7 +370,7 @@ static int evict_one(struct sweep *sweep, const struct model_id *version)
         return 0;
     }
     int rc = evict_once(sweep, version);
-    for (unsigned ms = 0; rc == -EBUSY && pull_lingers(control, ms); ms += LINGER_LOOK_MS)
+    while (rc == -EBUSY && lingers(sweep, version))
         rc = evict_once(sweep, version);
     if (rc == -ENOENT) /* nothing here, which is what was asked for */
         return 0;

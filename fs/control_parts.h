@@ -72,7 +72,8 @@ int control_walk(struct control *control, const struct model_entry *top, const c
 /* Words for an errno as the metadata gives it. */
 const char *control_why(int error);
 
-void control_status_put(struct control *control, struct json_out *out);
+/* huge: also the huge pages mapped, for which the kernel walks all of this process's memory. */
+void control_status_put(struct control *control, struct json_out *out, bool huge);
 /* How many live nodes there are besides this one. */
 uint64_t control_peers_live(const struct house *house);
 void control_peers_put(struct control *control, struct json_out *out);

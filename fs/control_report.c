@@ -3,6 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "engine/storage.h"
 #include "engine/topology.h"
 #include "fs/control_parts.h"
 #include "fs/through.h"
@@ -64,7 +65,7 @@ static void status_engine(const struct house *house, struct json_out *out)
     engine_stats(house->engine, &stats);
     json_put_u64(out, "cache_used", stats.cache_used);
     json_put_u64(out, "cache_limit", stats.cache_limit);
-    json_put_text(out, "seed", house->options.seed_idle ? "idle" : "normal");
+    json_put_text(out, "seed", house->options.seed == OPTIONS_SEED_IDLE ? "idle" : "normal");
     json_put_u64(out, "max_upload", stats.max_upload);
     json_put_u64(out, "max_download", stats.max_download);
     json_put_u64(out, "replicas", stats.replicas);
@@ -102,7 +103,7 @@ static void status_engine(const struct house *house, struct json_out *out)
         json_end(out);
     }
     json_end(out);
-    json_put_text(out, "fetch", house->options.fetch_whole ? "whole" : "demand");
+    json_put_text(out, "fetch", house->options.fetch == OPTIONS_FETCH_WHOLE ? "whole" : "demand");
     struct through_status through;
     through_status(house->through, &through);
     json_put_text(out, "io_path", through.enabled ? "passthrough" : "buffered");
@@ -111,11 +112,13 @@ static void status_engine(const struct house *house, struct json_out *out)
     json_put_u64(out, "passthrough_creates", through.creates);
 }
 
-void control_status_put(struct control *control, struct json_out *out)
+void control_status_put(struct control *control, struct json_out *out, bool huge)
 {
     status_node(control->house, out);
     status_meta(control->house, out);
     status_engine(control->house, out);
+    if (huge)
+        json_put_u64(out, "storage_huge_pages", storage_huge() / STORAGE_HUGE);
 }
 
 /* ---- peers ---- */

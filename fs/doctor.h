@@ -12,7 +12,7 @@ enum doctor_level { GOOD, WARN, STOP };
 struct doctor {
     bool as_json;
     struct json_out out;
-    bool stops; /* something would keep a mount from working */
+    bool stops; /* something keeps a mount from working, or from a node */
 };
 
 /* One finding: what was looked at, what was seen, and what to do about it (NULL: nothing). */

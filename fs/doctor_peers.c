@@ -26,13 +26,14 @@ static struct json *peers_read(const char *mount)
     return parsed;
 }
 
+/* lost: in no other way either. */
 static void unreached(struct doctor *doctor, const char *node, const struct reach *reach,
-                      bool by_rdma)
+                      bool by_rdma, bool lost)
 {
     char what[32];
     snprintf(what, sizeof(what), "peer by %s", by_rdma ? "RDMA" : "TCP");
     doctor_find(
-        doctor, WARN, what,
+        doctor, lost ? STOP : WARN, what,
         by_rdma
             ? "run p2pfs doctor there; compare MTU and routes of both ends. TCP is used meanwhile"
             : "let its port through firewalls, or give it an advertise= that is reached from here",
@@ -61,8 +62,10 @@ void doctor_peers(struct doctor *doctor, const char *mount)
     for (size_t i = 0; i < count; i++) {
         tried[list[i].transport == rdma]++;
         reached[list[i].transport == rdma] += list[i].status == 0;
+        bool lost = (i == 0 || nodes[i - 1] != nodes[i] || list[i - 1].status < 0) &&
+                    (i + 1 == count || nodes[i + 1] != nodes[i] || list[i + 1].status < 0);
         if (list[i].status < 0)
-            unreached(doctor, nodes[i], &list[i], list[i].transport == rdma);
+            unreached(doctor, nodes[i], &list[i], list[i].transport == rdma, lost);
     }
     if (count > 0)
         doctor_find(doctor, GOOD, "peers", NULL,

@@ -87,8 +87,8 @@ bool hold_open(fuse_req_t req, struct house *house, struct handle *handle,
         pid_t process = closer_process(fuse_req_ctx(req)->pid);
         bool again =
             process != 0 && opens_again(house->holds, replica_version(handle->replica), process);
-        if (!again || !house->options.fetch_whole || !replica_here(handle->replica, 0, 1) ||
-            !is_through(house))
+        if (!again || house->options.fetch != OPTIONS_FETCH_WHOLE ||
+            !replica_here(handle->replica, 0, 1) || !is_through(house))
             return false;
         uint64_t worth = (uint64_t)((double)size / HOLD_RATE * 1e9);
         worth = worth < HOLD_LEAST ? HOLD_LEAST : worth;

@@ -145,10 +145,10 @@ static int open_catalog(struct house *house, uint64_t boot)
 
 static enum engine_rdma rdma_wanted(const struct options *options)
 {
-    return options->require_rdma                     ? ENGINE_RDMA_ONLY
-           : strcmp(options->transport, "rdma") == 0 ? ENGINE_RDMA_ON
-           : strcmp(options->transport, "tcp") == 0  ? ENGINE_RDMA_OFF
-                                                     : ENGINE_RDMA_AUTO;
+    static const enum engine_rdma wanted[] = {[OPTIONS_TRANSPORT_AUTO] = ENGINE_RDMA_AUTO,
+                                              [OPTIONS_TRANSPORT_RDMA] = ENGINE_RDMA_ON,
+                                              [OPTIONS_TRANSPORT_TCP] = ENGINE_RDMA_OFF};
+    return options->require_rdma ? ENGINE_RDMA_ONLY : wanted[options->transport];
 }
 
 static int open_engine(struct house *house, uint64_t boot)
@@ -169,9 +169,9 @@ static int open_engine(struct house *house, uint64_t boot)
                                    .cache_dir = options->cache_dir,
                                    .shard_size = options->shard_size,
                                    .digest = options->digest,
-                                   .fetch_whole = options->fetch_whole,
+                                   .fetch_whole = options->fetch == OPTIONS_FETCH_WHOLE,
                                    .read_timeout_ms = options->read_timeout_s * 1000u,
-                                   .seed_idle = options->seed_idle,
+                                   .seed_idle = options->seed == OPTIONS_SEED_IDLE,
                                    .max_upload = options->max_upload,
                                    .max_download = options->max_download,
                                    .secret = &secret,

@@ -4,6 +4,7 @@
 #include <limits.h>
 #include <netinet/in.h>
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,6 @@
 
 #include "engine/address.h"
 #include "engine/bucket.h"
-#include "engine/digest.h"
 #include "engine/topology.h"
 #include "meta/base/memory.h"
 #include "meta/base/util.h"
@@ -25,6 +25,7 @@
  * without one. */
 struct options_parse {
     struct options *out;
+    const struct options_entry *entry; /* NULL: an environment variable */
     const char *name;
     const char *value;
     char **error;
@@ -54,6 +55,40 @@ static int text_set(char **to, const char *value)
 
 /* ---- one function for each kind of value ---- */
 
+/* Setters of several options: the value goes to where the table says. */
+static void *place_of(struct options_parse *p)
+{
+    return (char *)p->out + p->entry->place;
+}
+
+static int set_flag(struct options_parse *p)
+{
+    *(bool *)place_of(p) = true;
+    return 0;
+}
+
+static int set_text(struct options_parse *p)
+{
+    return text_set(place_of(p), p->value);
+}
+
+/* Which of the words the value is; the enum has them in the order of the option's argument, "one|two|three". */
+static int set_word(struct options_parse *p)
+{
+    const char *at = p->entry->argument;
+    size_t length = strlen(p->value);
+    for (unsigned word = 0;; word++) {
+        size_t span = strcspn(at, "|");
+        if (span == length && memcmp(at, p->value, length) == 0) {
+            *(unsigned *)place_of(p) = p->entry->least + word;
+            return 0;
+        }
+        at += span;
+        if (*at++ == '\0')
+            return refuse(p->error, "%s=%s: use %s", p->name, p->value, p->entry->argument);
+    }
+}
+
 static int set_node(struct options_parse *p)
 {
     if (model_node_check(p->value) != 0)
@@ -82,21 +117,6 @@ static int set_advertise(struct options_parse *p)
             "advertise=%s: not an address; write HOST or HOST:PORT as peers reach this node",
             p->value);
     return text_set(&p->out->advertise, p->value);
-}
-
-static int set_transport(struct options_parse *p)
-{
-    if (strcmp(p->value, "auto") != 0 && strcmp(p->value, "rdma") != 0 &&
-        strcmp(p->value, "tcp") != 0)
-        return refuse(p->error, "transport=%s: there is no such transport; use auto, rdma or tcp",
-                      p->value);
-    return text_set(&p->out->transport, p->value);
-}
-
-static int set_require_rdma(struct options_parse *p)
-{
-    p->out->require_rdma = true;
-    return 0;
 }
 
 static int set_device(struct options_parse *p)
@@ -178,49 +198,17 @@ static int set_cache_dir(struct options_parse *p)
     return text_set(&p->out->cache_dir, p->value);
 }
 
-static int set_fetch(struct options_parse *p)
-{
-    p->out->fetch_whole = strcmp(p->value, "whole") == 0;
-    if (!p->out->fetch_whole && strcmp(p->value, "demand") != 0)
-        return refuse(p->error, "fetch=%s: use whole or demand", p->value);
-    return 0;
-}
-
-static int set_open(struct options_parse *p)
-{
-    static const char *const names[] = {[OPTIONS_OPEN_AUTO] = "auto",
-                                        [OPTIONS_OPEN_STREAM] = "stream",
-                                        [OPTIONS_OPEN_WAIT] = "wait"};
-    for (unsigned k = 0; k < util_count(names); k++) {
-        if (strcmp(p->value, names[k]) == 0) {
-            p->out->open = k;
-            return 0;
-        }
-    }
-    return refuse(p->error, "open=%s: use stream, wait or auto", p->value);
-}
-
-static int set_seconds(struct options_parse *p, uint32_t least, uint32_t *to)
+static int set_seconds(struct options_parse *p)
 {
     char *end = NULL;
     errno = 0;
     unsigned long seconds = strtoul(p->value, &end, 10);
-    if (p->value[0] < '0' || p->value[0] > '9' || *end != '\0' || errno != 0 || seconds < least ||
-        seconds > 1000000000)
+    if (p->value[0] < '0' || p->value[0] > '9' || *end != '\0' || errno != 0 ||
+        seconds < p->entry->least || seconds > 1000000000)
         return refuse(p->error, "%s=%s: not a number of seconds; write %u or more", p->name,
-                      p->value, least);
-    *to = (uint32_t)seconds;
+                      p->value, p->entry->least);
+    *(uint32_t *)place_of(p) = (uint32_t)seconds;
     return 0;
-}
-
-static int set_read_timeout(struct options_parse *p)
-{
-    return set_seconds(p, 1, &p->out->read_timeout_s);
-}
-
-static int set_orphan_ttl(struct options_parse *p)
-{
-    return set_seconds(p, 0, &p->out->orphan_ttl_s);
 }
 
 static int set_tcp_congestion(struct options_parse *p)
@@ -238,9 +226,9 @@ int options_rate_parse(const char *text, uint64_t *rate)
     return rc != 0 || (*rate > 0 && *rate < BUCKET_RATE_MIN) ? -EINVAL : 0;
 }
 
-static int set_rate(struct options_parse *p, uint64_t *to)
+static int set_rate(struct options_parse *p)
 {
-    if (options_rate_parse(p->value, to) != 0)
+    if (options_rate_parse(p->value, place_of(p)) != 0)
         return refuse(
             p->error,
             "%s=%s: not a rate; write bytes a second (K, M, G), at least 64K, or 0 for no "
@@ -249,60 +237,14 @@ static int set_rate(struct options_parse *p, uint64_t *to)
     return 0;
 }
 
-static int set_seed(struct options_parse *p)
-{
-    p->out->seed_idle = strcmp(p->value, "idle") == 0;
-    if (!p->out->seed_idle && strcmp(p->value, "normal") != 0)
-        return refuse(p->error, "seed=%s: use normal or idle", p->value);
-    return 0;
-}
-
-static int set_max_upload(struct options_parse *p)
-{
-    return set_rate(p, &p->out->max_upload);
-}
-
-static int set_max_download(struct options_parse *p)
-{
-    return set_rate(p, &p->out->max_download);
-}
-
-static int set_digest(struct options_parse *p)
-{
-    const struct digest_ops *digest = digest_by_name(p->value);
-    if (digest == NULL)
-        return refuse(p->error, "digest=%s: there is no such digest; use xxh3 or sha256", p->value);
-    p->out->digest = digest->kind;
-    return 0;
-}
-
-static int set_allow_overwrite(struct options_parse *p)
-{
-    p->out->allow_overwrite = true;
-    return 0;
-}
-
-static int set_credentials(struct options_parse *p)
-{
-    return text_set(&p->out->credentials, p->value);
-}
-
-static int set_secret_file(struct options_parse *p)
-{
-    return text_set(&p->out->secret_file, p->value);
-}
-
 static int set_encryption(struct options_parse *p)
 {
-    if (strcmp(p->value, "off") == 0)
-        return 0;
-    if (strcmp(p->value, "on") == 0 || strcmp(p->value, "required") == 0)
-        return refuse(
-            p->error,
-            "encryption=%s: this build cannot encrypt; use encryption=off on a trusted network, "
-            "or a VPN",
-            p->value);
-    return refuse(p->error, "encryption=%s: use off", p->value);
+    return strcmp(p->value, "off") == 0
+               ? 0
+               : refuse(p->error,
+                        "encryption=%s: this build cannot encrypt; use encryption=off on a trusted "
+                        "network, or a VPN",
+                        p->value);
 }
 
 static int set_locality(struct options_parse *p)
@@ -329,13 +271,6 @@ static int set_metrics(struct options_parse *p)
         return refuse(p->error, "metrics=%s: not an address; write ADDR:PORT or [IPV6]:PORT",
                       p->value);
     return text_set(&p->out->metrics, p->value);
-}
-
-static int set_log_level(struct options_parse *p)
-{
-    if (log_level_parse(p->value, &p->out->log_level) != 0)
-        return refuse(p->error, "log_level=%s: use error, warn, info or debug", p->value);
-    return 0;
 }
 
 /* ---- options of libfuse and of mount(8) ---- */
@@ -446,6 +381,7 @@ static int apply(struct options_parse *p, const char *option)
         if (entry->argument == NULL && has_value)
             return refuse(p->error, "%s: it takes no value; write %s alone", option, entry->name);
         p->name = entry->name;
+        p->entry = entry;
         p->value = has_value ? option + length + 1 : NULL;
         return entry->set(p);
     }
@@ -534,22 +470,23 @@ static int apply_environment(struct options_parse *p)
             "MC_MTU is ignored: connections take the largest MTU that the way to the peer has; "
             "set that of the network interface instead (ip link set dev NAME mtu N)");
     const char *tcp = getenv("MC_FORCE_TCP");
-    return tcp != NULL && tcp[0] != '\0' && strcmp(tcp, "0") != 0
-               ? text_set(&p->out->transport, "tcp")
-               : 0;
+    if (tcp != NULL && tcp[0] != '\0' && strcmp(tcp, "0") != 0)
+        p->out->transport = OPTIONS_TRANSPORT_TCP;
+    return 0;
 }
 
-static int apply_defaults(struct options *out)
+static struct options defaults(void)
 {
-    *out = (struct options){.cache_size = memory_limit() / 2,
-                            .fetch_whole = true,
+    return (struct options){.cache_size = memory_limit() / 2,
+                            .transport = OPTIONS_TRANSPORT_AUTO,
+                            .fetch = OPTIONS_FETCH_WHOLE,
+                            .open = OPTIONS_OPEN_AUTO,
                             .read_timeout_s = OPTIONS_READ_TIMEOUT,
                             .orphan_ttl_s = OPTIONS_ORPHAN_TTL,
                             .digest = MODEL_XXH3,
                             .log_level = LOG_INFO,
                             .gid_index = -1,
                             .default_permissions = true};
-    return text_set(&out->transport, "auto");
 }
 
 /* libfuse's own escapes: a comma in a value must not end it. */
@@ -576,9 +513,8 @@ int options_parse(int argc, char *const *argv, struct options *out, char **error
 {
     *error = NULL;
     struct options_parse p = {.out = out, .error = error};
-    int rc = apply_defaults(out);
-    if (rc == 0)
-        rc = apply_environment(&p);
+    *out = defaults();
+    int rc = apply_environment(&p);
     for (int i = 1; rc == 0 && i < argc; i++) {
         const char *word = argv[i];
         if (strcmp(word, "-f") == 0) {
@@ -615,7 +551,6 @@ void options_clear(struct options *options)
     free(options->node);
     free(options->listen);
     free(options->advertise);
-    free(options->transport);
     free(options->device);
     free(options->nic_priority_matrix);
     free(options->cache_dir);
@@ -646,10 +581,12 @@ const struct options_entry options_table[] = {
     {.name = "transport",
      .argument = "auto|rdma|tcp",
      .summary = "how bytes travel (default: auto, by RDMA with peers that it reaches)",
-     .set = set_transport},
+     .set = set_word,
+     .place = offsetof(struct options, transport)},
     {.name = "require_rdma",
      .summary = "move bytes by RDMA or not at all",
-     .set = set_require_rdma},
+     .set = set_flag,
+     .place = offsetof(struct options, require_rdma)},
     {.name = "device",
      .argument = "NAME[,NAME]",
      .summary = "RDMA devices (default: that of listen=, or all that are up)",
@@ -677,19 +614,24 @@ const struct options_entry options_table[] = {
     {.name = "fetch",
      .argument = "whole|demand",
      .summary = "pull the whole file at the first read (default), or only what is read",
-     .set = set_fetch},
+     .set = set_word,
+     .place = offsetof(struct options, fetch)},
     {.name = "open",
      .argument = "stream|wait|auto",
      .summary = "whether an open waits for the file (default: auto, where that is faster)",
-     .set = set_open},
+     .set = set_word,
+     .place = offsetof(struct options, open)},
     {.name = "read_timeout",
      .argument = "SECONDS",
      .summary = "a read without any progress fails after this (default: 60)",
-     .set = set_read_timeout},
+     .set = set_seconds,
+     .place = offsetof(struct options, read_timeout_s),
+     .least = 1},
     {.name = "orphan_ttl",
      .argument = "SECONDS",
      .summary = "a name that nobody holds goes after this (default: 3600; 0: never)",
-     .set = set_orphan_ttl},
+     .set = set_seconds,
+     .place = offsetof(struct options, orphan_ttl_s)},
     {.name = "tcp_congestion",
      .argument = "NAME",
      .summary = "congestion control of connections to peers",
@@ -697,30 +639,38 @@ const struct options_entry options_table[] = {
     {.name = "max_download",
      .argument = "RATE",
      .summary = "limit of what comes from peers, in bytes a second (default: 0, none)",
-     .set = set_max_download},
+     .set = set_rate,
+     .place = offsetof(struct options, max_download)},
     {.name = "max_upload",
      .argument = "RATE",
      .summary = "limit of what goes to peers, in bytes a second (default: 0, none)",
-     .set = set_max_upload},
+     .set = set_rate,
+     .place = offsetof(struct options, max_upload)},
     {.name = "seed",
      .argument = "normal|idle",
      .summary = "whether uploads go behind all other work of this machine (default: normal)",
-     .set = set_seed},
+     .set = set_word,
+     .place = offsetof(struct options, seed)},
     {.name = "digest",
      .argument = "xxh3|sha256",
      .summary = "how new files are digested (default: xxh3)",
-     .set = set_digest},
+     .set = set_word,
+     .place = offsetof(struct options, digest),
+     .least = MODEL_XXH3},
     {.name = "allow_overwrite",
      .summary = "a registered name may be replaced by a new version",
-     .set = set_allow_overwrite},
+     .set = set_flag,
+     .place = offsetof(struct options, allow_overwrite)},
     {.name = "credentials",
      .argument = "FILE",
      .summary = "user and password for the metadata service",
-     .set = set_credentials},
+     .set = set_text,
+     .place = offsetof(struct options, credentials)},
     {.name = "secret_file",
      .argument = "FILE",
      .summary = "the cluster's secret; only nodes that have it are served and believed",
-     .set = set_secret_file},
+     .set = set_text,
+     .place = offsetof(struct options, secret_file)},
     {.name = "tls_cert",
      .argument = "FILE",
      .summary = "certificate of this node",
@@ -740,8 +690,9 @@ const struct options_entry options_table[] = {
      .summary = "serve .p2pfs/metrics over HTTP there (default: no HTTP)",
      .set = set_metrics},
     {.name = "log_level",
-     .argument = "LEVEL",
-     .summary = "error, warn, info (default) or debug",
-     .set = set_log_level},
+     .argument = "error|warn|info|debug",
+     .summary = "what is worth a line (default: info)",
+     .set = set_word,
+     .place = offsetof(struct options, log_level)},
     {.name = NULL},
 };

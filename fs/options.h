@@ -4,13 +4,17 @@
 #define P2PFS_FS_OPTIONS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "meta/base/log.h"
 #include "meta/model.h"
 
 /* What an open of a file waits for that is still arriving; see hold.h. */
-enum options_open { OPTIONS_OPEN_AUTO, OPTIONS_OPEN_STREAM, OPTIONS_OPEN_WAIT };
+enum options_open { OPTIONS_OPEN_STREAM, OPTIONS_OPEN_WAIT, OPTIONS_OPEN_AUTO };
+enum options_transport { OPTIONS_TRANSPORT_AUTO, OPTIONS_TRANSPORT_RDMA, OPTIONS_TRANSPORT_TCP };
+enum options_fetch { OPTIONS_FETCH_WHOLE, OPTIONS_FETCH_DEMAND };
+enum options_seed { OPTIONS_SEED_NORMAL, OPTIONS_SEED_IDLE };
 
 /* Every string is owned; options_clear frees. */
 struct options {
@@ -20,7 +24,7 @@ struct options {
     char *node;
     char *listen;
     char *advertise;
-    char *transport; /* "auto", "rdma" or "tcp" */
+    enum options_transport transport;
     bool require_rdma;
     char *device;              /* NAME[,NAME], or NULL */
     char *nic_priority_matrix; /* its text, or NULL */
@@ -29,12 +33,12 @@ struct options {
     uint32_t shard_size;       /* 0: auto */
     uint64_t cache_size;
     char *cache_dir;
-    bool fetch_whole;
+    enum options_fetch fetch;
     enum options_open open;
     uint32_t read_timeout_s;
     uint32_t orphan_ttl_s;
     char *tcp_congestion;
-    bool seed_idle;
+    enum options_seed seed;
     uint64_t max_upload, max_download; /* bytes a second; 0: no limit */
     enum model_digest digest;
     bool allow_overwrite;
@@ -58,6 +62,8 @@ struct options_entry {
     const char *summary;  /* one line for help and man page */
     const char *refused;
     int (*set)(struct options_parse *parse); /* options.c's own; NULL: refused */
+    size_t place;                            /* in struct options, for setters of several options */
+    unsigned least;                          /* the least value, or the enum's first */
 };
 extern const struct options_entry options_table[]; /* ends with name NULL */
 

@@ -21,6 +21,13 @@ struct service {
     pid_t pid; /* 0: not running */
 };
 
+static inline struct sockaddr_in service_address(int port)
+{
+    return (struct sockaddr_in){.sin_family = AF_INET,
+                                .sin_port = htons((uint16_t)port),
+                                .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+}
+
 /* Below those that the kernel hands out by itself, and far from what a process beside this one begins with: whoever
  * asks for a port is given none that another one is about to listen on. */
 static inline int service_free_port(void)
@@ -28,9 +35,7 @@ static inline int service_free_port(void)
     static unsigned turn;
     for (int tries = 0; tries < 10000; tries++) {
         int port = 20000 + (int)(((unsigned)getpid() * 16 + turn++) % 10000);
-        struct sockaddr_in address = {.sin_family = AF_INET,
-                                      .sin_port = htons((uint16_t)port),
-                                      .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+        struct sockaddr_in address = service_address(port);
         int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
         bool free = bind(fd, (struct sockaddr *)&address, sizeof(address)) == 0;
         close(fd);
@@ -42,9 +47,7 @@ static inline int service_free_port(void)
 
 static inline bool service_listens(int port)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET,
-                                  .sin_port = htons((uint16_t)port),
-                                  .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    struct sockaddr_in address = service_address(port);
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     bool listens = connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0;
     close(fd);

@@ -263,7 +263,7 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
     } else {
         uint64_t took = sim->now_ns - fill->granted_ns;
         spread_window_took(&node->window, took);
-        node->usual_ns = node->usual_ns ? (node->usual_ns * 7 + took) / 8 : took;
+        node->usual_ns = spread_usual(node->usual_ns, took);
         source->failures = 0;
         neighbour_of(source)->strikes = 0;
         neighbour_of(source)->received += sim_shard_size(sim, shard);
@@ -271,8 +271,7 @@ void fill_landed(struct sim *sim, struct sim_fill *fill)
             fill_cancel(sim, fill->twin);
         }
         if (!source->far) {
-            uint64_t passed = sim->now_ns - fill->asked_ns;
-            node->passed_ns = node->passed_ns ? (node->passed_ns * 7 + passed) / 8 : passed;
+            node->passed_ns = spread_usual(node->passed_ns, sim->now_ns - fill->asked_ns);
             spread_reach_near(&node->reach);
         }
         shard_settle(sim, node, shard);

@@ -52,14 +52,14 @@ static void defaults(void **state)
     assert_string_equal(out.mountpoint, "/mnt");
     assert_false(out.foreground);
     assert_int_equal(out.cache_size, memory_limit() / 2);
-    assert_true(out.fetch_whole);
+    assert_int_equal(out.fetch, OPTIONS_FETCH_WHOLE);
     assert_int_equal(out.read_timeout_s, 60);
     assert_int_equal(out.orphan_ttl_s, 3600);
     assert_int_equal(out.digest, MODEL_XXH3);
     assert_int_equal(out.shard_size, 0);
     assert_false(out.allow_overwrite);
     assert_null(out.node);
-    assert_string_equal(out.transport, "auto");
+    assert_int_equal(out.transport, OPTIONS_TRANSPORT_AUTO);
     options_clear(&out);
 }
 
@@ -76,7 +76,7 @@ static void every_value_lands(void **state)
     assert_int_equal(out.shard_size, 2 << 20);
     assert_int_equal(out.cache_size, 3ull << 30);
     assert_string_equal(out.cache_dir, "/var/cache");
-    assert_false(out.fetch_whole);
+    assert_int_equal(out.fetch, OPTIONS_FETCH_DEMAND);
     assert_int_equal(out.open, OPTIONS_OPEN_WAIT);
     assert_int_equal(out.read_timeout_s, 5);
     assert_int_equal(out.orphan_ttl_s, 0);
@@ -86,7 +86,7 @@ static void every_value_lands(void **state)
     assert_string_equal(out.credentials, "/c");
     assert_string_equal(out.secret_file, "/s");
     assert_string_equal(out.locality, "z1/r2");
-    assert_true(out.seed_idle);
+    assert_int_equal(out.seed, OPTIONS_SEED_IDLE);
     assert_int_equal(out.max_upload, 10 << 20);
     assert_int_equal(out.max_download, 3ull << 29);
     assert_int_equal(out.log_level, LOG_DEBUG);
@@ -145,7 +145,7 @@ static void a_later_option_beats_an_earlier_one_and_the_environment(void **state
     unsetenv("MC_LOG_LEVEL");
     setenv("MC_FORCE_TCP", "1", 1);
     out = accepted(NULL);
-    assert_string_equal(out.transport, "tcp");
+    assert_int_equal(out.transport, OPTIONS_TRANSPORT_TCP);
     options_clear(&out);
     unsetenv("MC_FORCE_TCP");
 }
@@ -190,15 +190,15 @@ static void bad_values_are_refused_by_name(void **state)
     refused("node=a b", "node=a b", "blanks");
     refused("read_timeout=0", "read_timeout=0", "1 or more");
     refused("read_timeout=soon", "read_timeout=soon", "seconds");
-    refused("fetch=some", "fetch=some", "whole or demand");
-    refused("digest=md5", "digest=md5", "xxh3 or sha256");
+    refused("fetch=some", "fetch=some", "whole|demand");
+    refused("digest=md5", "digest=md5", "xxh3|sha256");
     refused("log_level=loud", "log_level=loud", "debug");
     refused("cache_dir=relative", "cache_dir=relative", "absolute");
     refused("locality=/r", "locality=/r", "ZONE");
     refused("locality=z/", "locality=z/", "ZONE");
     refused("locality=z/r/s", "locality=z/r/s", "ZONE");
     refused("locality=z one", "locality=z one", "ZONE");
-    refused("seed=never", "seed=never", "normal or idle");
+    refused("seed=never", "seed=never", "normal|idle");
     refused("max_upload=fast", "max_upload=fast", "K, M, G");
     refused("max_upload=1K", "max_upload=1K", "64K");
     refused("max_download=-1", "max_download=-1", "64K");

@@ -57,17 +57,18 @@ static void scene_clear(struct scene *scene)
 static void scene_draw(struct scene *scene)
 {
     scene_clear(scene);
-    scene->shards = (uint32_t)(1 + draw() % SHARDS);
-    assert_int_equal(spread_open(scene->shards, &scene->spread), 0);
+    uint32_t shards = (uint32_t)(1 + draw() % SHARDS);
+    scene->shards = shards;
+    assert_int_equal(spread_open(shards, &scene->spread), 0);
     scene->want = (struct spread_want){
         .demand = scene->demand,
         .demand_count = draw() % 3 ? 0 : draw() % (DEMAND + 1),
-        .cursor = draw() % 3 ? SPREAD_NONE : (uint32_t)(draw() % scene->shards),
+        .cursor = draw() % 3 ? SPREAD_NONE : (uint32_t)(draw() % shards),
         .whole = draw() % 4,
     };
     unsigned empty = (unsigned)(draw() % 101); /* so that full and empty files are met too */
     unsigned common = (unsigned)(1 + draw() % 40);
-    for (uint32_t k = 0; k < scene->shards; k++) {
+    for (uint32_t k = 0; k < shards; k++) {
         bool absent = draw() % 100 < empty;
         if (!absent && draw() % 2) {
             spread_land(scene->spread, k);
@@ -86,12 +87,12 @@ static void scene_draw(struct scene *scene)
         }
     }
     for (size_t i = 0; i < scene->want.demand_count; i++) {
-        uint32_t first = (uint32_t)(draw() % scene->shards);
+        uint32_t first = (uint32_t)(draw() % shards);
         scene->demand[i] =
-            (struct spread_range){first, first + (uint32_t)(draw() % (scene->shards - first))};
+            (struct spread_range){first, first + (uint32_t)(draw() % (shards - first))};
     }
     unsigned holds = (unsigned)(draw() % 101);
-    for (uint32_t k = 0; k < scene->shards; k++) {
+    for (uint32_t k = 0; k < shards; k++) {
         if (draw() % 100 < holds) {
             scene->bitmap[k / 8] |= (uint8_t)(1u << (k % 8));
         }
@@ -299,7 +300,7 @@ static void taking_until_nothing_is_left_takes_all(void **state)
         while ((k = next(&scene, &urgent)) != SPREAD_NONE) {
             assert_true(left > 0);
             spread_take(scene.spread, k);
-            spread_more(scene.spread, (uint32_t)(draw() % scene.shards), false, 0);
+            spread_more(scene.spread, (uint32_t)(draw() % (k + 1)), false, 0);
             left--;
         }
         assert_int_equal(left, 0);
