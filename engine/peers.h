@@ -6,6 +6,7 @@
 #include <uthash.h>
 
 #include "engine/engine.h"
+#include "engine/slots.h"
 
 /* Lives as long as the table. */
 struct peer {
@@ -29,6 +30,7 @@ struct peer {
     atomic_uint strikes;            /* corrupt shards in a row */
     _Atomic uint64_t quarantined_until_ns;
     _Atomic uint64_t yield_ns; /* its links' (transport.h) */
+    struct slots_share slots;  /* the engine's slots_lock */
 };
 
 struct peers;

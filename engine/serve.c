@@ -181,6 +181,7 @@ static void proven(struct session *s, const struct wire_message *message)
         return;
     }
     s->link->yield_ns = &s->peer->yield_ns;
+    s->slots.share = &s->peer->slots;
     if (atomic_fetch_add(&s->peer->sessions, 1) >= SERVE_SESSIONS_PEER) {
         serve_refuse(s, "has too many links to this node already");
         return;

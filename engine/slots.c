@@ -25,6 +25,9 @@ bool slots_ask(struct slots *slots, struct slots_peer *peer, struct slots_ask *a
         return false;
     }
     slots->window.floor = spread_width(ask->shards);
+    if (!peer->share) {
+        peer->share = &peer->alone;
+    }
     ask->peer = peer;
     ask->state = SLOTS_WAITING;
     peer->progress = ask->progress;
@@ -56,12 +59,41 @@ static void waiting_leave(struct slots *slots, struct slots_ask *ask)
     slots->urgent_count -= ask->urgent;
 }
 
+/* What counts against it: all of its own, and of its peer's other links what is new. */
+static uint32_t weight(const struct slots_peer *peer)
+{
+    return peer->granted - peer->shared + peer->share->granted;
+}
+
 static bool goes_before(const struct slots_peer *a, const struct slots_peer *b)
 {
-    if (!b || a->granted != b->granted) {
-        return !b || a->granted < b->granted;
+    if (!b || weight(a) != weight(b)) {
+        return !b || weight(a) < weight(b);
     }
-    return a->progress != b->progress ? a->progress < b->progress : a->turn < b->turn;
+    if (a->progress != b->progress) {
+        return a->progress < b->progress;
+    }
+    return a->share != b->share ? a->share->turn < b->share->turn : a->turn < b->turn;
+}
+
+static void share_enter(struct slots *slots, struct slots_ask *ask)
+{
+    if (!slots->shared) {
+        slots->shared = ask;
+    }
+    ask->shared = true;
+    ask->peer->shared++;
+    ask->peer->share->granted++;
+}
+
+static void share_leave(struct slots *slots, struct slots_ask *ask)
+{
+    if (slots->shared == ask) {
+        slots->shared = ask->next;
+    }
+    ask->peer->shared -= ask->shared;
+    ask->peer->share->granted -= ask->shared;
+    ask->shared = false;
 }
 
 static bool background_may(const struct slots *slots, uint64_t now_ns)
@@ -80,6 +112,9 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
     if (slots->granted_count >= room + SPREAD_URGENT_EXTRA ||
         (!background && slots->urgent_count == 0)) {
         return NULL; /* as most calls; the queue of a registrar is long */
+    }
+    while (slots->shared && now_ns > slots->shared->since_ns + SLOTS_SHARE_NS) {
+        share_leave(slots, slots->shared);
     }
     uint32_t overdue = slots->overdue_count < SLOTS_OVERDUE_MAX ? SLOTS_OVERDUE_PEER : 1;
     struct slots_peer *urgent = NULL;
@@ -107,13 +142,15 @@ struct slots_ask *slots_next(struct slots *slots, uint64_t now_ns)
     ask->since_ns = now_ns;
     DL_APPEND(slots->granted, ask);
     slots->granted_count++;
+    share_enter(slots, ask);
     peer->granted++;
-    peer->turn = ++slots->turns;
+    peer->share->turn = peer->turn = ++slots->turns;
     return ask;
 }
 
 static void granted_leave(struct slots *slots, struct slots_ask *ask)
 {
+    share_leave(slots, ask);
     DL_DELETE(slots->granted, ask);
     slots->granted_count--;
     ask->peer->granted--;

@@ -5,10 +5,11 @@
  * Slots: one for each shard that is granted and not done, over all links of the node. Their number follows the time
  * that shards take: spread_width() on a link that is full, many where shards come and go in milliseconds. A node that
  * was idle begins with very few: the first shards of a version are what everybody waits for. Asks beyond them wait in a
- * short queue per peer; a free slot goes to the peer that has the fewest, then to the one that is furthest behind with
+ * short queue per link; a free slot goes to the peer that has the fewest, then to the one that is furthest behind with
  * the version, so that all end together, then to the one that waited longest; readers' asks go before background. A
  * grant that takes far longer than usual no longer counts, and who has several of them gets no more, so slow and stopped
- * peers cannot hold what others need.
+ * peers cannot hold what others need. What a link was granted counts against its peer's other links for SLOTS_SHARE_NS
+ * only: one of them may be there because that one is dead.
  *
  *   ask   IDLE -> WAITING -> GRANTED [-> OVERDUE] -> IDLE      any -> IDLE when it is given up
  *
@@ -23,9 +24,10 @@
 #define SLOTS_START        2 /* after having been idle; one more with each that is done */
 #define SLOTS_CEILING      64
 #define SLOTS_TRICKLE_NS   1000000000ull
-#define SLOTS_WAITING_PEER 64   /* asks of one peer in the queue, */
+#define SLOTS_SHARE_NS     2000000000ull
+#define SLOTS_WAITING_PEER 64   /* asks of one link in the queue, */
 #define SLOTS_WAITING_NODE 8192 /* and of all; who has none there may always have one */
-#define SLOTS_OVERDUE_PEER 4    /* grants of one peer that no longer count; it gets no more then */
+#define SLOTS_OVERDUE_PEER 4    /* grants of one link that no longer count; it gets no more then */
 #define SLOTS_OVERDUE_MAX  1024 /* of all peers; who has one gets no more then, and others do */
 
 enum slots_state { SLOTS_IDLE, SLOTS_WAITING, SLOTS_GRANTED, SLOTS_OVERDUE };
@@ -37,15 +39,26 @@ struct slots_ask {    /* the caller's memory; all zero is IDLE */
     uint8_t progress; /* set by the caller: how much of the version its peer has, in coarse steps */
     uint32_t shards;  /* set by the caller: of the version */
     enum slots_state state;
+    bool shared; /* counts in its peer's share */
     struct slots_peer *peer;
     uint64_t since_ns; /* granted */
     struct slots_ask *prev, *next;
 };
 
-struct slots_peer { /* the caller's memory; all zero at first */
+/* A peer, over all its links; the caller's memory, all zero at first. */
+struct slots_share {
+    uint32_t granted; /* in the last SLOTS_SHARE_NS */
+    uint64_t turn;    /* of its last grant */
+};
+
+/* A link of a peer; the caller's memory, all zero at first. */
+struct slots_peer {
+    struct slots_share *share; /* set by the caller; NULL: the peer has this link only */
+    struct slots_share alone;
     struct slots_ask *urgent, *normal;
     uint32_t waiting;
     uint32_t granted;
+    uint32_t shared; /* of these, in the peer's share */
     uint32_t overdue;
     uint8_t progress; /* of its last ask */
     uint64_t turn;    /* of its last grant */
@@ -59,8 +72,10 @@ struct slots {
                  * SLOTS_TRICKLE_NS, so that who has no other source is not stranded */
     uint64_t background_ns; /* the last grant in the background; 0: none yet */
     struct spread_window window;
-    struct slots_peer *queue;  /* peers that wait for something */
+    struct slots_peer *queue;  /* links that wait for something */
     struct slots_ask *granted; /* oldest first */
+    struct slots_ask
+        *shared; /* of these, the first that counts in its peer's share, as all behind it */
     uint32_t granted_count;
     uint32_t overdue_count;
     uint32_t waiting_count;

@@ -9,10 +9,14 @@ import time
 from . import env
 
 
+HEAD = struct.Struct(">HHIIQ")  # engine/tcp_link.h: kind, zero, id, length, offset
+MESSAGE, DATA, END = 1, 2, 3
+
+
 class Puller:
     """A peer that speaks the protocol, as a puller (engine/wire.h), and says what it likes."""
 
-    HELLO, PROOF, ATTACH, ASK, DONE = 1, 3, 4, 8, 13
+    HELLO, PROOF, ATTACH, ATTACHED, ASK, GRANT, DONE, PING, PONG = 1, 3, 4, 5, 8, 9, 13, 15, 16
 
     def __init__(self, node, name="evil"):
         host, port = node.options["listen"].rsplit(":", 1)
@@ -25,6 +29,7 @@ class Puller:
         hello = struct.pack(">IHH", sizes["MAGIC"], sizes["PROTOCOL"], len(name)) + name.encode()
         hello += struct.pack(">QQ", 7, 0) + bytes(sizes["NONCE"] + 1)
         self.link.sendall(b"p2pftcp1")
+        self.greeted = False
         self.say((self.HELLO, hello), (self.PROOF, bytes(32)))
 
     def say(self, *messages):
@@ -32,6 +37,25 @@ class Puller:
         for kind, body in messages:
             frames += struct.pack(">HHIIQB", 1, 0, 0, 1 + len(body), 0, kind) + body
         self.link.sendall(frames)
+
+    def hear(self, *wanted):
+        """The kind of the next message that is one of these; what comes before it is thrown away."""
+        if not self.greeted:
+            assert self._read(8) == b"p2pftcp1"
+            self.greeted = True
+        while True:
+            frame, _, _, length, _ = HEAD.unpack(self._read(HEAD.size))
+            body = self._read(length if frame != END else 0)
+            if frame == MESSAGE and body[0] in wanted:
+                return body[0]
+
+    def _read(self, length):
+        data = b""
+        while len(data) < length:
+            piece = self.link.recv(length - len(data))
+            assert piece, "the link was ended"
+            data += piece
+        return data
 
     def listen(self, seconds):
         """Throws away what comes."""
@@ -101,8 +125,6 @@ class Spoiler(Recorder):
     "half"    the message after some: half of it, then silence
     """
 
-    HEAD = struct.Struct(">HHIIQ")  # engine/tcp_link.h: kind, zero, id, length, offset
-    MESSAGE, DATA, END = 1, 2, 3
     HALF_AFTER = 6  # messages: behind the greeting, and before others may have served all
 
     def __init__(self, upstream, host="127.0.0.1"):
@@ -124,14 +146,14 @@ class Spoiler(Recorder):
         other.sendall(source.read(8))
         messages = 0
         while True:
-            head = source.read(self.HEAD.size)
-            kind, _, _, length, _ = self.HEAD.unpack(head)
-            body = source.read(length if kind != self.END else 0)
-            messages += kind == self.MESSAGE
-            if self.how == "starve" and kind != self.MESSAGE:
+            head = source.read(HEAD.size)
+            kind, _, _, length, _ = HEAD.unpack(head)
+            body = source.read(length if kind != END else 0)
+            messages += kind == MESSAGE
+            if self.how == "starve" and kind != MESSAGE:
                 self.spoilt += 1
                 continue
-            if self.how == "flip" and kind == self.DATA:
+            if self.how == "flip" and kind == DATA:
                 self.spoilt += 1
                 body = bytes((body[0] ^ 1,)) + body[1:]
             if self.how == "half" and messages > self.HALF_AFTER:

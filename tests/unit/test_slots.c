@@ -93,6 +93,75 @@ static void slots_go_round_the_peers(void **state)
     }
 }
 
+/* However many links a peer has, it gets as much as another one. */
+static void slots_go_round_the_peers_and_not_their_links(void **state)
+{
+    struct slots slots = slots_busy();
+    struct slots_share shares[2] = {0};
+    struct slots_peer links[] = {
+        {.share = &shares[0]}, {.share = &shares[0]}, {.share = &shares[0]}, {.share = &shares[1]}};
+    static struct slots_ask asks[4][64];
+    for (unsigned i = 0; i < 64; i++) {
+        for (unsigned p = 0; p < 4; p++) {
+            assert_true(slots_ask(&slots, &links[p], &asks[p][i]));
+        }
+    }
+    unsigned got[4] = {0};
+    for (unsigned round = 0; round < 60; round++) {
+        uint64_t now = round * 100 * MS;
+        while (slots_next(&slots, now)) {
+        }
+        struct slots_ask *ended = slots.granted;
+        got[ended->peer - links]++;
+        slots_end(&slots, ended, now + 500 * MS, true);
+    }
+    assert_in_range(got[3], 28, 32);
+    for (unsigned p = 0; p < 3; p++) { /* nor does one link of it wait for the others */
+        assert_in_range(got[p], 8, 12);
+    }
+    while (slots.granted) {
+        slots_end(&slots, slots.granted, 9000 * MS, true);
+    }
+    assert_int_equal(shares[0].granted, 0);
+    assert_int_equal(shares[1].granted, 0);
+    assert_null(slots.shared);
+}
+
+/* What a link holds that has died is held against the peer's next link for a moment only, or until it is known to have
+ * ended. */
+static void a_dead_link_does_not_keep_the_next_one_waiting(void **state)
+{
+    for (unsigned ends = 0; ends < 2; ends++) {
+        struct slots slots = slots_busy();
+        struct slots_share share = {0};
+        struct slots_peer dead = {.share = &share};
+        struct slots_peer next = {.share = &share};
+        struct slots_peer other = {0};
+        struct slots_ask held[2] = {0};
+        struct slots_ask asks[3] = {0};
+        slots.usual_ns = 10000 * MS; /* where every shard takes long, nothing is overdue */
+        assert_true(slots_ask(&slots, &dead, &held[0]));
+        assert_true(slots_ask(&slots, &dead, &held[1]));
+        assert_ptr_equal(slots_next(&slots, 0), &held[0]);
+        assert_ptr_equal(slots_next(&slots, 0), &held[1]);
+        assert_true(slots_ask(&slots, &other, &asks[0]));
+        assert_ptr_equal(slots_next(&slots, 0), &asks[0]);
+
+        assert_true(slots_ask(&slots, &next, &asks[1]));
+        assert_true(slots_ask(&slots, &other, &asks[2]));
+        assert_null(slots_next(&slots, 0));
+        uint64_t now = SLOTS_SHARE_NS + MS;
+        if (ends) {
+            now = MS;
+            slots_end(&slots, &held[0], now, false);
+            slots_end(&slots, &held[1], now, false);
+        } else {
+            slots.window.width++;
+        }
+        assert_ptr_equal(slots_next(&slots, now), &asks[1]);
+    }
+}
+
 /* Among those that have equally little, so that nobody is left with the last shards. */
 static void who_is_behind_goes_first(void **state)
 {
@@ -410,6 +479,8 @@ int main(void)
         cmocka_unit_test(beyond_the_slots_asks_wait_and_a_free_slot_goes_on),
         cmocka_unit_test(who_was_idle_begins_with_few_slots),
         cmocka_unit_test(slots_go_round_the_peers),
+        cmocka_unit_test(slots_go_round_the_peers_and_not_their_links),
+        cmocka_unit_test(a_dead_link_does_not_keep_the_next_one_waiting),
         cmocka_unit_test(an_idle_seeder_goes_behind_everything),
         cmocka_unit_test(who_is_behind_goes_first),
         cmocka_unit_test(a_reader_goes_before_background),
