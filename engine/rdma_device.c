@@ -28,8 +28,9 @@ int rdma_unblock(int fd)
 
 static int device_new(const char *name, struct rdma_device **out)
 {
-    // a program may fork: what is registered must stay its own, which kernels before 5.12 do not see to
-    if (!devices)
+    // A program may fork: what is registered must stay its own. Kernels before 5.12 do not see to that; with later ones
+    // the library would only split mappings, and their huge pages, at every registration.
+    if (!devices && ibv_is_fork_initialized() != IBV_FORK_UNNEEDED)
         (void)ibv_fork_init();
     struct rdma_device *device = calloc(1, sizeof(*device));
     if (!device)

@@ -163,6 +163,7 @@ struct rdma_link {
     uint8_t order[TCP_ADDRESSES_MAX]; /* in which they are tried, from address_next on */
     unsigned address_next;
     bool again;                 /* one may do at the next try */
+    bool failed;                /* a request to connect has, which is repeated once */
     struct loop_timer patience; /* until connected */
     uint32_t timeout_ms;
 

@@ -12,8 +12,9 @@
 
 #define LISTEN_BACKLOG 128
 /* Who asks to connect and then says no more costs a queue pair and 256 KiB until the kernel gives it up, a minute later. */
-#define ACCEPTING_MAX 256
-#define ACCEPTING_NS  10000000000ull
+#define ACCEPTING_MAX     256
+#define ACCEPTING_ADDRESS 64 /* of them from one address */
+#define ACCEPTING_NS      10000000000ull
 
 // -- Those who connect ----------------------------------------------------------------------------
 
@@ -24,14 +25,18 @@ struct handover {
     int credits;
 };
 
-static unsigned accepting(const struct rdma_transport *t)
+/* Whether one more may begin, from where this one comes. */
+static bool accepting_room(const struct rdma_transport *t, const char *peer)
 {
     const struct rdma_link *link;
-    unsigned count = 0;
+    unsigned all = 0, same = 0;
     DL_FOREACH(t->links, link) {
-        count += link->state == RDMA_ACCEPTING;
+        if (link->state == RDMA_ACCEPTING) {
+            all++;
+            same += transport_same_host(link->base.peer, peer);
+        }
     }
-    return count;
+    return all < ACCEPTING_MAX && same < ACCEPTING_ADDRESS;
 }
 
 void rdma_listen_look(struct rdma_link *link, uint64_t now_ns)
@@ -42,16 +47,19 @@ void rdma_listen_look(struct rdma_link *link, uint64_t now_ns)
 
 static void request_take(struct rdma_transport *t, struct rdma_cm_id *id, int credits)
 {
-    struct rdma_link *link = accepting(t) < ACCEPTING_MAX ? rdma_link_new(t) : NULL;
+    char peer[TRANSPORT_NAME_MAX + 1];
+    struct tcp_address other = {.length = sizeof(struct sockaddr_in6)};
+    memcpy(&other.storage, rdma_get_peer_addr(id), sizeof(struct sockaddr_in6));
+    tcp_address_print(&other, peer);
+    struct rdma_link *link = accepting_room(t, peer) ? rdma_link_new(t) : NULL;
     if (!link) {
-        log_debug("a connection was refused: out of memory, or too many begin at once");
+        log_debug("%s: its RDMA connection was refused: out of memory, or too many begin at once",
+                  peer);
         rdma_reject(id, NULL, 0);
         rdma_destroy_id(id);
         return;
     }
-    struct tcp_address other = {.length = sizeof(struct sockaddr_in6)};
-    memcpy(&other.storage, rdma_get_peer_addr(id), sizeof(struct sockaddr_in6));
-    tcp_address_print(&other, link->base.peer);
+    memcpy(link->base.peer, peer, sizeof(link->base.peer));
     id->context = &link->rails[0];
     link->rails[0].id = id;
     link->rails[0].since_ns = util_now_ns();
@@ -64,10 +72,12 @@ static void request_take(struct rdma_transport *t, struct rdma_cm_id *id, int cr
     if (r == 0) {
         struct rdma_conn_param param = rdma_conn_param_of(&link->rails[0], bytes);
         r = rdma_accept(id, &param) < 0 ? -errno : 0;
+        if (r < 0)
+            rdma_reject(id, NULL, 0);
     }
     if (r == 0)
         return;
-    log_warn("%s: its RDMA connection cannot be accepted: %s", link->base.peer, strerror(-r));
+    log_info("%s: its RDMA connection cannot be accepted: %s", link->base.peer, strerror(-r));
     rdma_link_shut(&link->base); // nobody has heard of it yet
 }
 

@@ -397,7 +397,8 @@ void rdma_rail_event(struct rdma_rail *rail, const struct rdma_cm_event *event)
         r = rail_join(rail);
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
-        rail_opened(rail, event);
+        if (rail->state == RDMA_RAIL_MAKING)
+            rail_opened(rail, event);
         break;
     case RDMA_CM_EVENT_REJECTED:
         r = -ECONNREFUSED;

@@ -13,7 +13,8 @@
 
 #define SERVE_GREET_NS      5000000000ull
 #define SERVE_SESSIONS_MAX  4096
-#define SERVE_SESSIONS_PEER 64 /* one for each lane of it, and some that are about to break */
+#define SERVE_SESSIONS_PEER 64  /* one for each lane of it, and some that are about to break */
+#define SERVE_STRANGERS     256 /* not greeted yet, from one address: many nodes may be behind it */
 #define SERVE_FENCE_NS      1000000000ull /* to let go of what is taken back */
 #define SERVE_GRANT_NS \
     120000000000ull /* a puller that does not say DONE for so long is gone in all but name */
@@ -68,9 +69,14 @@ void serve_refuse(struct session *s, const char *reason)
 
 void serve_accepted(struct lane *lane, struct link *link)
 {
-    size_t count;
+    size_t count = 0;
+    size_t strangers = 0;
     struct session *other;
-    DL_COUNT(lane->sessions, other, count);
+    DL_FOREACH(lane->sessions, other) {
+        count++;
+        strangers +=
+            other->state != SESSION_READY && transport_same_host(other->link->peer, link->peer);
+    }
     struct session *s = count < SERVE_SESSIONS_MAX ? calloc(1, sizeof *s) : NULL;
     if (!s) {
         link->transport->ops->shut(link);
@@ -82,6 +88,9 @@ void serve_accepted(struct lane *lane, struct link *link)
     s->since_ns = loop_now_ns(lane->loop);
     link->user = s;
     DL_APPEND(lane->sessions, s);
+    if (strangers >= SERVE_STRANGERS) {
+        serve_refuse(s, "has too many links that were not greeted yet");
+    }
 }
 
 void serve_down(struct link *link, int error, const char *reason)

@@ -30,6 +30,13 @@ size_t transport_pieces(const struct iovec *pieces, size_t count, size_t at, siz
     return used;
 }
 
+bool transport_same_host(const char *one, const char *other)
+{
+    const char *port = strrchr(one, ':');
+    return port && strrchr(other, ':') - other == port - one &&
+           strncmp(one, other, (size_t)(port - one)) == 0;
+}
+
 const struct transport_ops *transport_by_name(const char *name)
 {
     for (size_t i = 0; i < util_count(transports); i++)

@@ -189,6 +189,8 @@ struct link {
 extern const struct transport_ops transport_tcp;
 extern const struct transport_ops transport_mem;
 extern const struct transport_ops transport_rdma; /* only where the build has libibverbs */
+/* Whether two addresses are of one host, whatever the port. */
+bool transport_same_host(const char *one, const char *other);
 /* By name; NULL: this build has no such transport. */
 const struct transport_ops *transport_by_name(const char *name);
 

@@ -108,7 +108,7 @@ static void connect_opened(struct mem_transport *t, struct mem_letter *letter)
     link->state = MEM_OPEN;
     link->far = mailbox_ref(letter->from_box);
     link->far_number = letter->from;
-    snprintf(link->base.peer, sizeof(link->base.peer), "mem:%llu",
+    snprintf(link->base.peer, sizeof(link->base.peer), "mem-%llu:0",
              (unsigned long long)letter->from);
     answer->from_box = mailbox_ref(t->mailbox);
     letter_post(link, answer);

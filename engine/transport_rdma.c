@@ -258,11 +258,14 @@ static void link_opened(struct rdma_link *link, const struct rdma_preface *got,
     }
 }
 
-/* This address does not do: the name's next one, or what `error` says. */
+/* This address does not do: the name's next one, or what `error` says. The first request to connect that fails is made
+ * again at once: kernels end one that is under way when the neighbour's hardware address turns out to be another. */
 static void link_failed(struct rdma_link *link, int error)
 {
+    bool requested = link->state == RDMA_CONNECTING;
     link->error = error < 0 ? error : -EHOSTUNREACH;
-    link->again |= link->state == RDMA_RESOLVING && error == -ETIMEDOUT;
+    link->again |= requested ? !link->failed : link->state == RDMA_RESOLVING && error == -ETIMEDOUT;
+    link->failed |= requested;
     if (link->base.outgoing && link->state != RDMA_OPEN) {
         if (link->addresses.count > 1)
             address_lost(link);
@@ -440,6 +443,8 @@ static void event_of_link(struct rdma_link *link, const struct rdma_cm_event *ev
         route_found(link);
         break;
     case RDMA_CM_EVENT_ESTABLISHED:
+        if (link->state != RDMA_CONNECTING && link->state != RDMA_ACCEPTING)
+            break; // it was told before
         if (!link->base.outgoing)
             got->credits = (int)link->credits;
         link_opened(link, got, &event->param.conn);

@@ -2,6 +2,11 @@
 #ifndef P2PFS_TESTS_FENCE_STORY_H
 #define P2PFS_TESTS_FENCE_STORY_H
 
+#include "p2pfs_config.h"
+#if P2PFS_HAVE_RDMA
+#include "engine/rdma_link.h"
+#include "meta/base/buf.h"
+#endif
 #include "tests/contract/transport_story.h"
 
 static struct grant kept;
@@ -89,9 +94,41 @@ static void rdma_what_was_granted_to_one_peer_opens_nothing_to_another(void **st
     assert_int_equal(puller.downs, 0);
 }
 
-#define FENCE_STORIES                                     \
-    STORY(rdma_what_was_taken_back_cannot_be_read),       \
-        STORY(rdma_nothing_beside_the_shard_can_be_read), \
-        STORY(rdma_what_was_granted_to_one_peer_opens_nothing_to_another)
+/* By verbs of its own: the transport writes nowhere. */
+static void rdma_what_was_granted_cannot_be_written(void **state)
+{
+#if P2PFS_HAVE_RDMA
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 0, 4096, false);
+    assert_true(run_until(grant_kept, 5000));
+    struct rdma_link *link = (struct rdma_link *)puller.link;
+    struct buf b = buf_over(kept.descriptor.bytes + 14, 12);
+    unsigned slot = link->idle_slots[--link->idle_count];
+    struct ibv_sge piece = {
+        .addr = (uintptr_t)link->frames, .length = 4096, .lkey = link->frames_memory.region->lkey};
+    struct ibv_send_wr *bad, request = {.wr_id = RDMA_WORK_SEND * 256 + slot,
+                                        .sg_list = &piece,
+                                        .num_sge = 1,
+                                        .opcode = IBV_WR_RDMA_WRITE};
+    request.wr.rdma.remote_addr = buf_get_u64(&b);
+    request.wr.rdma.rkey = buf_get_u32(&b);
+    assert_int_equal(request.wr.rdma.remote_addr, (uintptr_t)source);
+    uint8_t before[4096];
+    memcpy(before, source, sizeof(before));
+    memset(link->frames, 0x55, sizeof(before));
+    assert_int_equal(ibv_post_send(link->rails[0].id->qp, &request, &bad), 0);
+    assert_true(run_until(puller_down, 5000));
+    assert_int_equal(puller.error, -EIO);
+    assert_memory_equal(source, before, sizeof(before));
+#endif
+}
+
+#define FENCE_STORIES                                                      \
+    STORY(rdma_what_was_taken_back_cannot_be_read),                        \
+        STORY(rdma_nothing_beside_the_shard_can_be_read),                  \
+        STORY(rdma_what_was_granted_to_one_peer_opens_nothing_to_another), \
+        STORY(rdma_what_was_granted_cannot_be_written)
 
 #endif

@@ -62,6 +62,7 @@ static struct {
     int event_status;                   /* ... with this */
     bool removed;                       /* the device */
     bool other_preface;                 /* whoever connects or accepts is of another version */
+    unsigned hosts, last_host;          /* who connects comes from so many, in turn; 0: from one */
     int domains, regions, queues, pairs, ids, channels, events; /* that exist */
     uint32_t last_key;
     uint16_t last_port;
@@ -129,9 +130,14 @@ const char *ibv_get_device_name(struct ibv_device *device)
     return device->name;
 }
 
+enum ibv_fork_status ibv_is_fork_initialized(void)
+{
+    return IBV_FORK_UNNEEDED;
+}
+
 int ibv_fork_init(void)
 {
-    return 0;
+    abort(); // no need
 }
 
 int ibv_query_device(struct ibv_context *context, struct ibv_device_attr *limits)
@@ -389,6 +395,15 @@ static enum ibv_wc_status fake_read(const struct fake_pair *pair, const struct i
     return IBV_WC_SUCCESS;
 }
 
+static enum ibv_wc_status fake_write(const struct fake_pair *pair, const struct ibv_send_wr *wr)
+{
+    if (!pair->peer || !fake_allowed(&pair->peer->qp, wr->wr.rdma.rkey, wr->wr.rdma.remote_addr,
+                                     wr->sg_list->length, IBV_ACCESS_REMOTE_WRITE))
+        return IBV_WC_REM_ACCESS_ERR;
+    memcpy((void *)wr->wr.rdma.remote_addr, (void *)wr->sg_list->addr, wr->sg_list->length);
+    return IBV_WC_SUCCESS;
+}
+
 static enum ibv_wc_status fake_send(const struct fake_pair *pair, const struct ibv_send_wr *wr)
 {
     struct fake_pair *peer = pair->peer;
@@ -414,10 +429,11 @@ static int fake_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_
         pair->stalled[pair->stalled_count++] = wr->wr_id;
         return 0;
     }
-    enum ibv_wc_status status = pair->broken ? IBV_WC_WR_FLUSH_ERR
-                                : *wanted    ? *wanted
-                                : read       ? fake_read(pair, wr)
-                                             : fake_send(pair, wr);
+    enum ibv_wc_status status = pair->broken                      ? IBV_WC_WR_FLUSH_ERR
+                                : *wanted                         ? *wanted
+                                : read                            ? fake_read(pair, wr)
+                                : wr->opcode == IBV_WR_RDMA_WRITE ? fake_write(pair, wr)
+                                                                  : fake_send(pair, wr);
     *wanted = IBV_WC_SUCCESS;
     fake_complete(qp->send_cq, (struct ibv_wc){.wr_id = wr->wr_id, .status = status});
     if (status != IBV_WC_SUCCESS && !pair->broken)
@@ -657,6 +673,8 @@ int rdma_connect(struct rdma_cm_id *id, struct rdma_conn_param *param)
         return -1;
     other->verbs = fake_context;
     other->route.addr.dst_sin = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(1)};
+    if (fake.hosts > 0)
+        other->route.addr.dst_sin.sin_addr.s_addr = htonl(++fake.last_host % fake.hosts);
     fake_id_of(id)->peer = fake_id_of(other);
     fake_id_of(other)->peer = fake_id_of(id);
     fake_tell(other, &listener->id, RDMA_CM_EVENT_CONNECT_REQUEST, param);
@@ -732,6 +750,7 @@ static void fake_reset(void)
     fake_fail_at(FAKE_NONE, 0, EIO);
     fake.send_status = fake.read_status = IBV_WC_SUCCESS;
     fake.reads_stall = fake.deregister_waits = fake.other_preface = false;
+    fake.hosts = 0;
     fake.event = RDMA_CM_EVENT_ADDR_RESOLVED; // 0: none
 }
 

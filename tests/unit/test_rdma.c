@@ -71,11 +71,17 @@ static void rdma_shards_arrive_over_the_device_of_this_test(void **state)
     all_arrive();
 }
 
+static struct fake_id *id_of(const struct side *side)
+{
+    return fake_id_of(((struct rdma_link *)side->link)->rails[0].id);
+}
+
 // -- Connecting -----------------------------------------------------------------------------------
 
 static void connect_fails(int error)
 {
     memset(&puller, 0, sizeof puller);
+    memset(&holder, 0, sizeof holder);
     assert_int_equal(ops->connect(transport, address, SOON, &puller, &puller.link), 0);
     assert_true(run_until(puller_down, 2 * SOON));
     assert_int_equal(puller.downs, 1);
@@ -108,13 +114,23 @@ static void rdma_what_cannot_be_made_ends_the_connection(void **state)
     then_connects();
 }
 
-static void rdma_who_cannot_accept_is_not_heard_of(void **state)
+/* One request that fails is made again, at once, and nobody hears of the first. */
+static void rdma_a_request_that_fails_is_repeated_once(void **state)
 {
     static const enum fake_call calls[] = {FAKE_ACCEPT, FAKE_CREATE_CQ, FAKE_CREATE_QP};
     for (size_t i = 0; i < util_count(calls); i++) {
-        fake_fail_at(calls[i], i > 0, ENOSPC); // the connecting side makes its own first
-        connect_fails(-EHOSTUNREACH);
+        fake_fail_at(calls[i], i > 0, EINVAL); // the connecting side makes its own first
+        memset(&puller, 0, sizeof puller);
+        memset(&holder, 0, sizeof holder);
+        link_up();
+        assert_int_equal(holder.connected, 1);
+        side_shut(&puller);
+        assert_true(run_until(holder_down, SOON));
     }
+    fake.instead_of = RDMA_CM_EVENT_ESTABLISHED;
+    fake.event = RDMA_CM_EVENT_UNREACHABLE;
+    fake.event_status = -ETIMEDOUT;
+    connect_fails(-ETIMEDOUT);
     then_connects();
 }
 
@@ -139,21 +155,77 @@ static void rdma_a_fabric_that_refuses_says_why(void **state)
     then_connects();
 }
 
-static bool three_refused(void)
+static int refusals;
+
+static bool refused(void)
 {
-    return puller.downs >= 3;
+    return puller.downs >= refusals;
 }
 
-/* Their connections never come to be: no more of them are begun than there is room for. */
-static void rdma_strangers_who_fall_silent_are_bounded(void **state)
+static unsigned accepting(uint64_t since_ns)
+{
+    struct rdma_link *link;
+    unsigned count = 0;
+    DL_FOREACH(((struct rdma_transport *)transport)->links, link) {
+        if (link->state == RDMA_ACCEPTING) {
+            count++;
+            if (since_ns)
+                link->rails[0].since_ns = since_ns;
+        }
+    }
+    return count;
+}
+
+/* Their connections never come to be. */
+static void strangers(unsigned hosts, int count, int refused_of_all)
 {
     fake.instead_of = RDMA_CM_EVENT_ESTABLISHED;
     fake.event = RDMA_CM_EVENT_TIMEWAIT_EXIT;
-    for (int i = 0; i < 256 + 3; i++)
+    fake.hosts = hosts;
+    for (int i = 0; i < count; i++)
         assert_int_equal(ops->connect(transport, address, 120000, &puller, &puller.link), 0);
-    assert_true(run_until(three_refused, SOON));
+    refusals = refused_of_all;
+    assert_true(run_until(refused, SOON));
+}
+
+/* No more of them are begun than there is room for, for one host and for all. */
+static void rdma_strangers_who_fall_silent_are_bounded(void **state)
+{
+    strangers(1, 64 + 3, 3);
+    assert_int_equal(accepting(0), 64);
+    strangers(8, 256, 3 + 64);
+    assert_int_equal(accepting(0), 256);
     assert_true(fake.pairs <= 2 * 256);
     assert_int_equal(holder.connected, 0);
+}
+
+static bool all_let_go(void)
+{
+    accepting(1); // as if they had begun long ago
+    return refused();
+}
+
+static void rdma_strangers_who_fall_silent_are_let_go(void **state)
+{
+    strangers(1, 3, 0);
+    refusals = 3;
+    assert_true(run_until(all_let_go, SOON));
+    assert_int_equal(accepting(0), 0);
+    assert_int_equal(holder.connected, 0);
+    then_connects();
+}
+
+static void rdma_what_is_told_twice_counts_once(void **state)
+{
+    struct transport_adapter known[2];
+    link_up();
+    fake_tell(&id_of(&puller)->id, NULL, RDMA_CM_EVENT_ESTABLISHED, NULL);
+    fake_tell(&id_of(&holder)->id, NULL, RDMA_CM_EVENT_ESTABLISHED, NULL);
+    offer_all();
+    all_arrive();
+    assert_int_equal(puller.connected + holder.connected, 2);
+    assert_int_equal(ops->adapters(known, util_count(known)), 1);
+    assert_int_equal(known[0].rails, 2);
 }
 
 static void rdma_another_version_is_refused(void **state)
@@ -249,11 +321,6 @@ static void rdma_every_failed_completion_of_a_message_ends_the_link(void **state
     }
 }
 
-static struct fake_id *id_of(const struct side *side)
-{
-    return fake_id_of(((struct rdma_link *)side->link)->rails[0].id);
-}
-
 static bool reads_under_way(void)
 {
     return ((struct rdma_link *)puller.link)->reads_count > 0;
@@ -314,6 +381,19 @@ static void rdma_a_device_that_returns_is_used_again(void **state)
     all_arrive();
     assert_int_equal(ops->adapters(known, util_count(known)), 1);
     assert_int_equal(known[0].received, received + (uint64_t)PULLS * SHARD);
+}
+
+/* Kernels tell so when the neighbour's hardware address is another than the connection was made with. */
+static void rdma_a_neighbour_that_moves_ends_the_link(void **state)
+{
+    link_up();
+    fake.reads_stall = true;
+    offer_all();
+    assert_true(run_until(reads_under_way, SOON));
+    fake_tell(&id_of(&puller)->id, NULL, RDMA_CM_EVENT_UNREACHABLE, NULL);
+    assert_true(run_until(both_down, SOON));
+    assert_int_equal(answers(), -EHOSTUNREACH);
+    assert_int_equal(puller.downs, 1);
 }
 
 static void rdma_completions_that_cannot_be_waited_for_end_the_link(void **state)
@@ -444,9 +524,11 @@ static void rdma_lent_memory_that_was_taken_back_is_not_registered(void **state)
 static const struct story stories[] = {
     STORY(rdma_shards_arrive_over_the_device_of_this_test),
     STORY(rdma_what_cannot_be_made_ends_the_connection),
-    STORY(rdma_who_cannot_accept_is_not_heard_of),
+    STORY(rdma_a_request_that_fails_is_repeated_once),
     STORY(rdma_a_fabric_that_refuses_says_why),
     STORY(rdma_strangers_who_fall_silent_are_bounded),
+    STORY(rdma_strangers_who_fall_silent_are_let_go),
+    STORY(rdma_what_is_told_twice_counts_once),
     STORY(rdma_another_version_is_refused),
     STORY(rdma_a_message_that_cannot_be_posted_ends_the_link),
     STORY(rdma_a_buffer_that_cannot_be_posted_again_ends_the_link),
@@ -455,6 +537,7 @@ static const struct story stories[] = {
     STORY(rdma_every_failed_completion_of_a_message_ends_the_link),
     STORY(rdma_a_device_that_is_removed_answers_every_fetch),
     STORY(rdma_a_device_that_returns_is_used_again),
+    STORY(rdma_a_neighbour_that_moves_ends_the_link),
     STORY(rdma_completions_that_cannot_be_waited_for_end_the_link),
     STORY(rdma_memory_that_cannot_be_registered_fails_its_fetch_only),
     STORY(rdma_memory_that_cannot_be_offered_is_told_at_once),
