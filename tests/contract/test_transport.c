@@ -166,21 +166,37 @@ static void many_shards_at_once_and_the_urgent_one_is_not_last(void **state)
     assert_true(landed_right(0, (size_t)COUNT * 3500001 + 1500001));
 }
 
+static void check_between(struct side *side, const void *bytes, size_t length)
+{
+    size_t i = side->messages - 2; // the first was the grant
+    assert_int_equal(length, size_of_message(i));
+    assert_memory_equal(bytes, source + i, length);
+}
+
 static void messages_go_between_the_bytes_of_a_shard(void **state)
 {
+    enum { COUNT = 10 };
     link_up();
     puller.on_message = take_grant;
     offer(1, 0, 64u << 20, false);
     while (puller.messages < 1)
         run_for(1);
-    puller.on_message = NULL;
+    puller.on_message = check_between;
     assert_int_equal(puller.finished, 0);
-    assert_int_equal(ops->send(holder.link, "hello", 5), 0);
+    for (size_t i = 0; i < COUNT; i++) {
+        int r;
+        while ((r = ops->send(holder.link, source + i, size_of_message(i))) == -EAGAIN)
+            run_for(1);
+        assert_int_equal(r, 0);
+    }
     awaited_fetches = 1;
     while (puller.messages < 2 && puller.finished == 0)
         run_for(1);
     assert_int_equal(puller.finished, 0);
     assert_true(run_until(fetches_finished, 20000));
+    assert_true(landed_right(0, 64u << 20));
+    while (puller.messages < COUNT + 1)
+        run_for(1);
 }
 
 static size_t cancel_at;
