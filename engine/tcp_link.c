@@ -544,24 +544,6 @@ static void stage_parse(struct tcp_link *link)
     }
 }
 
-/* Bytes that may be staged. While payload is due, what comes behind the next head is mostly that, and would have to be
- * copied to its place: then no more than a head and a small message, or the rest of the message whose head is here. The
- * copy would cost more than its bytes tell, as memcpy(3) of 4 KiB takes up to 25 times as long on Zen 4 where both lie
- * alike in their pages; a profile showed an eighth of a pull in it. */
-static size_t stage_room(const struct tcp_link *link)
-{
-    size_t room = TCP_STAGE_BYTES - link->stage_end;
-    size_t wanted = TCP_TAIL_BYTES;
-    if (link->body_left == 0 && !link->fetches)
-        return room;
-    if (link->body_left == 0 && link->stage_end >= TCP_HEAD_BYTES) {
-        struct buf b = buf_over(link->stage, TCP_HEAD_BYTES);
-        buf_get_u64(&b); // kind, zero, id
-        wanted += TCP_HEAD_BYTES + buf_get_u32(&b) - link->stage_end;
-    }
-    return wanted < room ? wanted : room;
-}
-
 /* Receives once, at most `most` bytes (> 0). Into the fetch's memory and, behind the slice, into the stage; `wanted`
  * gets what would have fitted. */
 static ssize_t receive(struct tcp_link *link, size_t most, size_t *wanted)
@@ -581,7 +563,9 @@ static ssize_t receive(struct tcp_link *link, size_t most, size_t *wanted)
         if (*wanted < body)
             return recvmsg(fd, &header, MSG_DONTWAIT);
     }
-    size_t room = stage_room(link);
+    size_t room = TCP_STAGE_BYTES - link->stage_end;
+    if ((link->body_left > 0 || link->fetches) && room > TCP_TAIL_BYTES)
+        room = TCP_TAIL_BYTES; // more would be payload of the next slice, which had to be copied
     if (room > most - body)
         room = most - body;
     pieces[header.msg_iovlen++] = (struct iovec){

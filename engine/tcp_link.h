@@ -27,7 +27,7 @@
 #define TCP_TURN_BYTES       (4u << 20) /* in one turn, each way: another link is waiting */
 #define TCP_QUEUE_BYTES      (4u << 20) /* messages that wait to be sent */
 #define TCP_PIECES           64         /* of scattered memory, in one call to the kernel */
-#define TCP_TAIL_BYTES       128 /* read along behind a slice: the next head, a small message */
+#define TCP_TAIL_BYTES       4096 /* read along behind a slice: the next head, small messages */
 #define TCP_STAGE_BYTES      (TCP_HEAD_BYTES + TRANSPORT_MESSAGE_MAX + TCP_TAIL_BYTES)
 #define TCP_DESCRIPTOR_BYTES 13 /* 'T', id u32, length u64 */
 
