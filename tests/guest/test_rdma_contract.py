@@ -22,7 +22,6 @@ IPV6 = f"[{HOSTS[0].ipv6}]:0"
         ("test_p2pstore_rdma", IPV4, "*"),
     ],
 )
-@pytest.mark.limit(150)
 def test_stories(program, address, stories):
     done = subprocess.run(
         [PROGRAMS / program, stories],

@@ -1,8 +1,10 @@
 """Mounts that pull over RDMA, each node on a device of its own."""
 
 import json
+import re
 import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,6 @@ from harness.wait import eventually
 
 MIB = 1 << 20
 SIZE = 6 * MIB + 345
-
-pytestmark = pytest.mark.limit(150)
 
 
 def node_on(cluster, host, name, port, **options):
@@ -67,6 +67,13 @@ def arriving(node, bytes_before):
     eventually(lambda: node.status()["bytes_received"] > bytes_before, what="the first shard")
 
 
+def mappings_cut(node):
+    """Where registered memory was cut out of a mapping, for the sake of forks: huge pages would be cut as well, and this
+    kernel sees to forks by itself."""
+    mappings = re.split("^(?=[0-9a-f]+-)", Path(f"/proc/{node.pid}/smaps").read_text(), flags=re.MULTILINE)
+    return [text for text in mappings if " rw-p " in text and " dc" in text.split("VmFlags:")[1]]
+
+
 def test_a_file_comes_by_rdma(pair):
     first, second = pair
     data = register(first, "f")
@@ -81,6 +88,7 @@ def test_a_file_comes_by_rdma(pair):
     assert {shard["transport"] for shard in why["each"]} == {"rdma"}
     assert second.metrics()["p2pfs_received_rdma_bytes_total"] == SIZE
     assert first.status()["bytes_served"] == SIZE
+    assert not mappings_cut(first) + mappings_cut(second)
 
 
 def test_a_file_registered_in_place_comes_by_rdma(pair, tmp_path):
@@ -253,11 +261,11 @@ def test_four_nodes_pull_at_once(cluster):
         cluster.node(f"node{i}", listen=f"{(HOSTS, SECOND)[i // 2][i % 2].ipv4}:{7001 + i}", device=BOTH[i % 2])
         for i in range(4)
     ]
-    data = register(nodes[0], "f", size=SIZE)
+    data = register(nodes[0], "f", size=2 * MIB)
     readings = [Reading(seen(node, "f")) for node in nodes[1:]]
     for reading in readings:
         assert reading.result() == data
-    assert sum(node.status()["bytes_received"] for node in nodes[1:]) >= 3 * SIZE
+    assert sum(node.status()["bytes_received"] for node in nodes[1:]) >= 6 * MIB
 
 
 def test_the_limit_of_uploads_holds_up_grants(cluster):

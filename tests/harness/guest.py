@@ -6,13 +6,15 @@ from typing import NamedTuple
 class Host(NamedTuple):
     device: str
     netdev: str
+    port: str  # of the switch
+    switch: str
     ipv4: str
     ipv6: str
 
 
 def _adapter(pair, end):
     i = 2 * pair + end
-    return Host(f"rxe{i}", f"eth{i}", f"10.9.{pair}.{end + 1}", f"fd09:{pair}::{end + 1}")
+    return Host(f"rxe{i}", f"eth{i}", f"port{i}", f"switch{pair}", f"10.9.{pair}.{end + 1}", f"fd09:{pair}::{end + 1}")
 
 
 HOSTS = [_adapter(0, 0), _adapter(0, 1)]

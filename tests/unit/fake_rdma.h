@@ -61,8 +61,8 @@ static struct {
     enum rdma_cm_event_type event;      /* ... by this one, ... */
     int event_status;                   /* ... with this */
     bool removed;                       /* the device */
-    bool other_preface;                 /* whoever connects or accepts is of another version */
-    unsigned hosts, last_host;          /* who connects comes from so many, in turn; 0: from one */
+    unsigned spoiled; /* this byte of what whoever connects or accepts says of itself, from 1 on */
+    unsigned hosts, last_host; /* who connects comes from so many, in turn; 0: from one */
     int domains, regions, queues, pairs, ids, channels, events; /* that exist */
     uint32_t last_key;
     uint16_t last_port;
@@ -499,7 +499,8 @@ static void fake_tell(struct rdma_cm_id *id, struct rdma_cm_id *listener,
         memcpy(e->private_data, param->private_data, param->private_data_len);
         e->event.param.conn.private_data = e->private_data;
         e->event.param.conn.initiator_depth = param->responder_resources;
-        e->private_data[7] += fake.other_preface;
+        if (fake.spoiled > 0)
+            e->private_data[fake.spoiled - 1]++;
     }
     pthread_mutex_lock(&fake.lock);
     DL_APPEND(channel->waiting, e);
@@ -749,8 +750,8 @@ static void fake_reset(void)
                                                  .post_recv = fake_post_receive}};
     fake_fail_at(FAKE_NONE, 0, EIO);
     fake.send_status = fake.read_status = IBV_WC_SUCCESS;
-    fake.reads_stall = fake.deregister_waits = fake.other_preface = false;
-    fake.hosts = 0;
+    fake.reads_stall = fake.deregister_waits = false;
+    fake.hosts = fake.spoiled = 0;
     fake.event = RDMA_CM_EVENT_ADDR_RESOLVED; // 0: none
 }
 

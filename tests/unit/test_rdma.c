@@ -228,15 +228,24 @@ static void rdma_what_is_told_twice_counts_once(void **state)
     assert_int_equal(known[0].rails, 2);
 }
 
-static void rdma_another_version_is_refused(void **state)
+/* Another version, other frames, other counts of them, or a rail of a link that nobody has. */
+static void rdma_who_says_other_things_of_itself_is_refused(void **state)
 {
-    fake.other_preface = true;
-    connect_fails(-ECONNREFUSED);
-    fake.other_preface = false;
+    static const unsigned bytes[] = {8, 10, 12, 21};
+    for (size_t i = 0; i < util_count(bytes); i++) {
+        fake.spoiled = bytes[i];
+        connect_fails(-ECONNREFUSED);
+    }
+    fake.spoiled = 0;
     then_connects();
 }
 
 // -- Sending and reading --------------------------------------------------------------------------
+
+static bool both_down(void)
+{
+    return puller.downs > 0 && holder.downs > 0;
+}
 
 static void rdma_a_message_that_cannot_be_posted_ends_the_link(void **state)
 {
@@ -247,6 +256,85 @@ static void rdma_a_message_that_cannot_be_posted_ends_the_link(void **state)
     assert_int_equal(puller.error, -ENOMEM);
     assert_non_null(strstr(puller.reason, "message"));
     assert_true(run_until(holder_down, SOON));
+}
+
+/* A frame as no link of ours sends it. */
+static void frame_post(const uint8_t *head, size_t length)
+{
+    struct rdma_link *link = (struct rdma_link *)puller.link;
+    unsigned slot = link->idle_slots[--link->idle_count];
+    uint8_t *frame = link->frames + (size_t)(RDMA_FRAMES + slot) * RDMA_FRAME_BYTES;
+    memset(frame, 0, RDMA_FRAME_BYTES);
+    memcpy(frame, head, length < RDMA_HEAD_BYTES ? length : RDMA_HEAD_BYTES);
+    struct ibv_sge piece = {.addr = (uintptr_t)frame,
+                            .length = (uint32_t)length,
+                            .lkey = link->frames_memory.region->lkey};
+    struct ibv_send_wr *bad, request = {.wr_id = RDMA_WORK_SEND * 256 + slot,
+                                        .sg_list = &piece,
+                                        .num_sge = 1,
+                                        .opcode = IBV_WR_SEND};
+    assert_int_equal(ibv_post_send(link->rails[0].id->qp, &request, &bad), 0);
+}
+
+static void rdma_a_peer_that_lies_in_its_frames_ends_the_link(void **state)
+{
+    static const struct {
+        uint8_t head[RDMA_HEAD_BYTES]; // kind, more, credits, length
+        size_t length;
+        int count;
+    } cases[] = {
+        {{1, 0, 0, 0, 0, 0, 0, 8}, 7, 1},  // no whole head
+        {{1, 0, 0, 0, 0, 0, 0, 8}, 0, 1},  // nothing
+        {{0, 0, 0, 0, 0, 0, 0, 8}, 16, 1}, // no such kind
+        {{3, 0, 0, 0, 0, 0, 0, 8}, 16, 1}, // no such kind
+        {{1, 2, 0, 0, 0, 0, 0, 8}, 16, 1}, // neither more nor not
+        {{1, 0, 0, 1, 0, 0, 0, 8}, 16, 1}, // a credit more than there are buffers
+        {{2, 0, 255, 255, 0, 0, 0, 0}, 8, 1},
+        {{1, 0, 0, 0, 0, 0, 0, 9}, 16, 1}, // longer than the frame
+        {{1, 0, 0, 0, 255, 255, 255, 255}, 16, 1},
+        {{1, 0, 0, 0, 0, 0, 0, 7}, 16, 1},                   // shorter
+        {{1, 1, 0, 0, 0, 0, 0, 0}, 8, 1},                    // a part of nothing
+        {{1, 1, 0, 0, 0, 0, 15, 248}, RDMA_FRAME_BYTES, 17}, // a message that does not end
+    };
+    for (size_t i = 0; i < util_count(cases); i++) {
+        memset(&puller, 0, sizeof puller);
+        memset(&holder, 0, sizeof holder);
+        link_up();
+        for (int n = 0; n < cases[i].count; n++)
+            frame_post(cases[i].head, cases[i].length);
+        assert_true(run_until(both_down, SOON));
+        assert_int_equal(holder.error, -EPROTO);
+        assert_int_equal(holder.messages, 0);
+    }
+}
+
+static void rdma_a_holder_that_lies_in_its_grant_is_told_apart(void **state)
+{
+    link_up();
+    kept.kind = 0;
+    puller.on_message = keep_grant;
+    offer(1, 0, 4096, false);
+    assert_true(run_until(grant_kept, SOON));
+    struct transport_fetch fetch = {.destination = landing, .length = 4096, .id = 1};
+    for (unsigned at = 0; at < 26; at++) {
+        struct transport_descriptor lie = kept.descriptor;
+        if (at >= 14 && at < 22)
+            continue; // where the shard lies is the holder's to say
+        if (at >= 22)
+            memset(lie.bytes + 22, 0, 4); // no key
+        else
+            lie.bytes[at] ^= 0x82;
+        assert_int_equal(ops->fetch(puller.link, &lie, &fetch), -EINVAL);
+    }
+    for (unsigned length = 0; length < kept.descriptor.length; length++) {
+        struct transport_descriptor lie = kept.descriptor;
+        lie.length = (uint8_t)length;
+        assert_int_equal(ops->fetch(puller.link, &lie, &fetch), -EINVAL);
+    }
+    take_grant(&puller, &kept, sizeof(kept));
+    awaited_fetches = 1;
+    assert_true(run_until(fetches_finished, SOON));
+    assert_int_equal(puller.status[1], 0);
 }
 
 static void rdma_a_buffer_that_cannot_be_posted_again_ends_the_link(void **state)
@@ -337,11 +425,6 @@ static void rdma_a_device_that_is_removed_answers_every_fetch(void **state)
     assert_int_equal(answers(), -ENODEV);
     assert_non_null(strstr(puller.reason, "fake0 is gone"));
     assert_true(run_until(holder_down, SOON));
-}
-
-static bool both_down(void)
-{
-    return puller.downs > 0 && holder.downs > 0;
 }
 
 static struct ibv_context *removed;
@@ -529,8 +612,10 @@ static const struct story stories[] = {
     STORY(rdma_strangers_who_fall_silent_are_bounded),
     STORY(rdma_strangers_who_fall_silent_are_let_go),
     STORY(rdma_what_is_told_twice_counts_once),
-    STORY(rdma_another_version_is_refused),
+    STORY(rdma_who_says_other_things_of_itself_is_refused),
     STORY(rdma_a_message_that_cannot_be_posted_ends_the_link),
+    STORY(rdma_a_peer_that_lies_in_its_frames_ends_the_link),
+    STORY(rdma_a_holder_that_lies_in_its_grant_is_told_apart),
     STORY(rdma_a_buffer_that_cannot_be_posted_again_ends_the_link),
     STORY(rdma_a_read_that_cannot_be_posted_answers_every_fetch),
     STORY(rdma_every_failed_completion_answers_every_fetch),
