@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -161,6 +162,15 @@ def test_an_open_that_waits_brings_all_even_on_demand(cluster):
     a.path("f").write_bytes(pattern(6 * MIB))
     with open(appears(b, "f"), "rb"):
         assert complete(b.path("f"))
+
+
+def test_the_kernel_reads_ahead_by_1_mib(cluster):
+    """By itself, 128 KiB: eight times the requests."""
+    device = os.stat(cluster.node().dir).st_dev
+    knob = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    if not os.access(knob, os.W_OK):
+        pytest.skip(f"{knob} cannot be written here")
+    eventually(lambda: knob.read_text(encoding="ascii") == "1024\n")
 
 
 # -- open=auto
