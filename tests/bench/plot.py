@@ -6,13 +6,14 @@ WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 60, 170, 40, 50
 COLOURS = {
     "p2pfs": "#0b6e4f",
+    "default": "#38a169",
     "chain": "#888888",
     "aria2": "#c05621",
     "libtorrent": "#b7791f",
     "super": "#805ad5",
     "http": "#c53030",
 }
-NAMES = {"chain": "relay chain", "http": "one HTTP server", "super": "super-seeding"}
+NAMES = {"default": "p2pfs without options", "chain": "relay chain", "http": "one HTTP server", "super": "super-seeding"}
 
 
 def _label(x, y, text, anchor="middle", more=""):

@@ -350,7 +350,7 @@ class P2pfs(Method):
     """`p2pfs pull` on all mounts at once."""
 
     programs = ("redis-server",)
-    shard_size = "512K"  # a shard is passed on when it is whole: what slow links and files of this size want
+    options = {"shard_size": "512K"}  # a shard is passed on when it is whole: what slow links and such files want
 
     def __init__(self, *words):
         super().__init__(*words)
@@ -363,7 +363,7 @@ class P2pfs(Method):
         for host in range(self.hosts):
             listen = f"{self.net.address(host)}:7400"
             self.mounts.append(_Mount(f"h{host}", f"redis://{SERVICE}:6379", self.home, listen=listen,
-                                      shard_size=self.shard_size))  # fmt: skip
+                                      **self.options))  # fmt: skip
         for mount in self.mounts:
             mount.start(wait=False)
         for mount in self.mounts:
@@ -394,9 +394,16 @@ class P2pfs(Method):
         super().close()
 
 
+class Default(P2pfs):
+    """... with shards of the size that mounts choose by themselves."""
+
+    options = {}
+
+
 METHODS = {
     "chain": Chain,
     "p2pfs": P2pfs,
+    "default": Default,
     "aria2": Aria2,
     "libtorrent": Libtorrent,
     "super": Super,
