@@ -34,7 +34,8 @@ static void unreached(struct doctor *doctor, const char *node, const struct reac
     snprintf(what, sizeof(what), "peer by %s", by_rdma ? "RDMA" : "TCP");
     doctor_find(
         doctor, lost ? STOP : WARN, what,
-        by_rdma
+        by_rdma && lost ? "run p2pfs doctor there; compare MTU and routes of both ends"
+        : by_rdma
             ? "run p2pfs doctor there; compare MTU and routes of both ends. TCP is used meanwhile"
             : "let its port through firewalls, or give it an advertise= that is reached from here",
         "%s at %s: %s", node, reach->address, reach->reason);
